@@ -1,0 +1,162 @@
+"""Recipes: every fault named with place, value, rule and fix; what is right comes through unchanged."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lora_ft.errors import UserError
+from lora_ft.recipe import OWNED_ELSEWHERE, dump_recipe, load_recipe
+
+GOOD = """\
+output_dir: runs/x
+model: {base: some/base}
+lora: {r: 8, target_modules: all-linear}
+data:
+  sources:
+    - {path: rows.jsonl}
+training:
+  learning_rate: 2e-4
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def faults_of(folder: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_recipe(write(folder, text), overrides)
+    return str(caught.value)
+
+
+def test_good_recipe(tmp_path):
+    recipe = load_recipe(write(tmp_path, GOOD))
+    assert recipe.training["learning_rate"] == 0.0002
+    assert recipe.model.base == "some/base"
+    assert recipe.data.sources[0].path == str(tmp_path / "rows.jsonl")
+    assert recipe.output_dir == Path.cwd() / "runs/x"
+
+
+@pytest.mark.parametrize("text", ["2e-4", "2E-4", "2.0e-4", ".2e-3", "0.0002", "+2e-4"])
+def test_scientific_notation_is_a_number(tmp_path, text):
+    assert load_recipe(write(tmp_path, GOOD.replace("2e-4", text))).training["learning_rate"] == pytest.approx(2e-4)
+
+
+def test_override_is_read_like_the_file(tmp_path):
+    overrides = ["training.learning_rate=3e-5", "lora.target_modules=[q_proj, v_proj]", "data.sources.0.weight=0.5"]
+    recipe = load_recipe(write(tmp_path, GOOD), overrides)
+    assert recipe.training["learning_rate"] == 3e-5
+    assert recipe.lora["target_modules"] == ["q_proj", "v_proj"]
+    assert recipe.data.sources[0].weight == 0.5
+
+
+def test_override_path_is_relative_to_the_working_folder(tmp_path, monkeypatch):
+    here = tmp_path / "elsewhere"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    recipe = load_recipe(write(tmp_path, GOOD), ["data.sources.0.path=mine.jsonl"])
+    assert recipe.data.sources[0].path == str(here / "mine.jsonl")
+
+
+def test_all_faults_come_at_once(tmp_path):
+    text = GOOD.replace("r: 8", "lora_alhpa: 32").replace("2e-4", "fast") + "  lr: 3\nexprot: {}\n"
+    message = faults_of(tmp_path, text, "data.split.validation=1.2")
+    path = tmp_path / "recipe.yaml"
+    assert f"{path}:3  lora.lora_alhpa: 32\n  peft.LoraConfig (" in message
+    assert 'Did you mean "lora_alpha"?' in message
+    assert f'{path}:8  training.learning_rate: "fast"\n  Expected a number.' in message
+    assert f"{path}:9  training.lr: 3\n  trl.SFTConfig (" in message
+    assert f'{path}:10  exprot\n  A recipe has no section of that name. Did you mean "export"?' in message
+    assert "command line  data.split.validation: 1.2\n  A share lies between 0 and 1. Write 0.1 for a tenth." in message
+
+
+@pytest.mark.parametrize(
+    ("section", "key"), [(section, key) for section, keys in OWNED_ELSEWHERE.items() for key in keys]
+)
+def test_keys_owned_elsewhere_are_refused(tmp_path, section, key):
+    message = faults_of(tmp_path, GOOD, f"{section}.{key}=1")
+    assert f"command line  {section}.{key}: 1\n  This is decided by {OWNED_ELSEWHERE[section][key]}." in message
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("lora.r=0", "A rank is at least 1."),
+        ("lora.r=true", "Expected a whole number."),
+        ('lora.r="8"', "Expected a whole number."),
+        ("lora.lora_dropout=1.5", "A probability lies between 0 and 1."),
+        ("lora.bias=some", 'Expected one of "none", "all", "lora_only".'),
+        ("training.learning_rate=-1", "A learning rate lies above 0"),
+        ("training.loss_type=foo", "Expected one of nll, dft, chunked_nll."),
+        ("training.gradient_checkpointing=1", "Expected true or false"),
+        ("model.dtype=bf16", 'Expected one of "auto", "bfloat16", "float16", "float32".'),
+        ("data.max_length=2", "A row has room for at least 8 tokens."),
+        ("data.split={validation: 0.5, test: 0.5}", "All shares together must leave rows for training."),
+        ("quantization={load_in_4bit: true, load_in_8bit: true}", "Weights are read in 4 bit or in 8 bit."),
+        ("quantization={bnb_4bit_quant_type: nf4}", "Without load_in_4bit or load_in_8bit it does nothing."),
+        ("model.adapter=runs/old/adapter", "keeps its own LoRA settings"),
+        ("nonsense", "An override is section.key=value."),
+        ("data.sources.7.path=x", "No such place, or not a YAML value."),
+        ("lora.r=[", "No such place, or not a YAML value."),
+        ("data=3", "data is a mapping of keys to values."),
+        ("lora=3", "lora is a mapping."),
+        ("evaluation.generate=few", "Expected"),
+    ],
+)
+def test_refusals(tmp_path, override, expected):
+    message = faults_of(tmp_path, GOOD, override)
+    assert expected in message
+
+
+def test_library_values_that_no_annotation_spells_out_are_let_through(tmp_path):
+    overrides = [
+        "lora.init_lora_weights=pissa_niter_16",
+        "training.lr_scheduler_type=cosine",
+        "lora.loraplus_lr_ratio=16",
+    ]
+    recipe = load_recipe(write(tmp_path, GOOD), overrides)
+    assert recipe.lora["init_lora_weights"] == "pissa_niter_16"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "The section output_dir is missing."),
+        ("[1, 2]", "A recipe is a mapping of sections."),
+        ("output_dir: [\n", "This is not YAML"),
+        ("model: {base: a, base: b}\n", "The key stands twice, first in line 1."),
+        ("model: !!python/object/apply:os.system ['echo hacked']\n", "This YAML tag is not read."),
+        ("a: &a [x, x]\nb: &b [*a, *a]\n" + "".join(f"k{i}: &k{i} [{'*b, ' * 40}]\n" for i in range(200)), "at most"),
+        ("[" * 5000, "nested too deeply"),
+    ],
+)
+def test_text_that_is_no_recipe(tmp_path, text, expected):
+    assert expected in faults_of(tmp_path, text)
+
+
+def test_bytes_that_are_no_text(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(b"output_dir: \xff\xfe")
+    with pytest.raises(UserError, match="Byte 12 is not UTF-8"):
+        load_recipe(path)
+    with pytest.raises(UserError, match="cannot be read: No such file"):
+        load_recipe(tmp_path / "absent.yaml")
+
+
+def test_dump_reads_back_as_the_same_recipe(tmp_path):
+    recipe = load_recipe(write(tmp_path, GOOD), ["quantization.load_in_4bit=true"])
+    again = load_recipe(write(tmp_path, dump_recipe(recipe)))
+    assert again == recipe
+
+
+def test_checking_imports_nothing_heavy(tmp_path):
+    program = (
+        f"import sys; from lora_ft.recipe import load_recipe; load_recipe({str(write(tmp_path, GOOD))!r});"
+        "print([m for m in ('torch', 'transformers', 'trl', 'peft', 'datasets') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
