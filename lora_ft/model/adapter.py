@@ -1,0 +1,138 @@
+"""LoRA and its variants on a base: `attach_adapter` alone makes the PeftModel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_ft.errors import Fault, UserError, raise_faults
+from lora_ft.recipe import LORAPLUS, check_buildable
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+TASK_TYPES = {"sft": "CAUSAL_LM", "classification": "SEQ_CLS", "seq2seq": "SEQ_2_SEQ_LM"}
+
+
+def attach_adapter(
+    model: PreTrainedModel,
+    lora: dict[str, Any] | None,
+    *,
+    task: str = "sft",
+    seed: int = 42,
+    adapter: str | None = None,
+    base_folder: Path | None = None,
+) -> PeftModel:
+    """The base with an adapter whose parameters train in float32: a new one, or `adapter` from disk going on.
+
+    The seed is set right before the adapter is drawn, so the same seed gives the same adapter whatever ran before.
+    Float32 because an update of 1e-5 to a bfloat16 weight of 0.1 is rounded away (trl#7268).
+
+    Raises:
+        UserError: PEFT refuses the settings, they cannot work on this base, or nothing would be trained.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import set_seed
+
+    set_seed(seed)
+    if adapter is not None:
+        model = _load_trainable(model, Path(adapter))
+    else:
+        fields = {key: value for key, value in (lora or {}).items() if key != LORAPLUS}
+        raise_faults(_impossible(model, fields))
+        loftq = fields.get("init_lora_weights") == "loftq" and _is_quantised(model)
+        if loftq:  # PEFT's own LoftQ wants an unquantised base in memory; below, tensor by tensor from the files
+            fields = {**fields, "init_lora_weights": True}
+        config = check_buildable("lora", LoraConfig, {**fields, "task_type": TASK_TYPES[task]}, "recipe")
+        model = _call_peft(get_peft_model, model, config)
+        if loftq:
+            _start_from_loftq(model, base_folder)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.float32)
+    if count_trainable(model) == 0:
+        raise UserError("lora", None, "No parameter would be trained.", "Check lora.target_modules.")
+    return model
+
+
+def count_trainable(model: Any) -> int:
+    """Number of parameters that training changes; shards of ZeRO-3 count whole."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+
+
+def _load_trainable(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """An adapter from disk, to be trained on; `is_trainable` is PEFT's switch, off by default (trl#3926)."""
+    from peft import PeftModel
+
+    if not (folder / "adapter_model.safetensors").is_file():
+        rule = "The folder holds no adapter_model.safetensors; pickled adapters can run code and are not read."
+        raise UserError("model.adapter", str(folder), rule, "Name the adapter/ folder of a run.")
+    return _call_peft(PeftModel.from_pretrained, model, folder, is_trainable=True)
+
+
+def _call_peft(function: Any, model: Any, *arguments: Any, **options: Any) -> Any:
+    try:
+        return function(model, *arguments, **options)
+    except (ValueError, TypeError, NotImplementedError, RuntimeError, ImportError) as fault:
+        rule = f"PEFT cannot attach this adapter: {str(fault).strip()}"
+        raise UserError("lora", None, rule, "Change the setting it names.") from fault
+
+
+def _is_quantised(model: Any) -> bool:
+    return getattr(model, "quantization_method", None) is not None
+
+
+def _impossible(model: Any, lora: dict[str, Any]) -> Iterator[Fault]:
+    """Starts that read or rewrite the base's weights, where those are not there to be read."""
+    start = lora.get("init_lora_weights", True)
+    rewrites_base = isinstance(start, str) and start.partition("_")[0] in {"pissa", "olora", "corda"}
+    if rewrites_base and _is_quantised(model):
+        rule = "It decomposes the base's weights, and quantised ones cannot be decomposed."
+        yield Fault("lora.init_lora_weights", start, rule, "Write loftq, or leave the section quantization out.")
+    if start == "loftq" and not _is_quantised(model):
+        rule = "LoftQ makes up for the error of quantisation, and the base is not quantised."
+        yield Fault("lora.init_lora_weights", start, rule, "Add quantization: {load_in_4bit: true}, or write pissa.")
+    if start == "eva":
+        rule = "EVA needs a pass over the data before training, which is not done here."
+        yield Fault("lora.init_lora_weights", start, rule, "Write true, pissa or olora.")
+
+
+def _start_from_loftq(model: PeftModel, base_folder: Path | None) -> None:
+    """A and B set to the best rank-r fit of what quantisation lost, W - dequantise(quantise(W)), layer by layer.
+
+    The quantised weights stay as they are, so the adapter fits any 4-bit load of the base: one step of LoftQ, as PEFT's
+    `replace_lora_weights_loftq` does it, which wants a GPU and a base in one file.
+
+    Raises:
+        UserError: a weight that was quantised is not in the base's files under its own name.
+    Source: Li et al. 2023, "LoftQ: LoRA-Fine-Tuning-Aware Quantization", section 3.
+    """
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit
+    from peft.tuners.lora import LoraLayer
+    from safetensors import safe_open
+
+    assert base_folder is not None, "LoftQ reads the base's files"
+    where: dict[str, Path] = {}
+    for file in sorted(base_folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as weights:
+            where |= dict.fromkeys(weights.keys(), file)
+    for name, layer in model.get_base_model().named_modules():
+        if not isinstance(layer, LoraLayer) or not isinstance(layer.get_base_layer(), Linear4bit):
+            continue
+        if (key := f"{name}.weight") not in where:
+            rule = f"LoftQ compares with the original weights, and {key} is not in the base's files."
+            raise UserError("lora.init_lora_weights", "loftq", rule, "Write true.")
+        with safe_open(where[key], "pt") as weights:
+            original = weights.get_tensor(key)
+        quantised = layer.get_base_layer().weight
+        lost = original.to(quantised.device).float() - dequantize_4bit(quantised.data, quantised.quant_state).float()
+        u, s, vh = torch.linalg.svd(lost, full_matrices=False)
+        rank, scaling = layer.r["default"], layer.scaling["default"]
+        root = (s[:rank] / scaling).sqrt()
+        layer.lora_A["default"].weight.data = (root[:, None] * vh[:rank]).contiguous()
+        layer.lora_B["default"].weight.data = (u[:, :rank] * root).contiguous()

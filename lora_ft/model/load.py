@@ -1,0 +1,165 @@
+"""The base: found, identified, and read in 4, 8, 16 or 32 bit onto the device of this rank.
+
+The identity (`BaseIdentity`) is known before any weight is read, and goes with the adapter wherever it goes.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_ft.builtin import is_builtin, locate_model
+from lora_ft.errors import UserError
+from lora_ft.fingerprint import BaseIdentity, identify_base
+from lora_ft.recipe import check_buildable
+from lora_ft.sections import ModelSection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BASE_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
+"""What is fetched of a Hub base: weights, configs, tokenizer, licence; no pickles, and code only where it may run."""
+
+
+def find_base(name: str, revision: str | None = None, trust_remote_code: bool = False) -> BaseIdentity:
+    """The identity of the base `name` (Hub id, folder, `builtin:NAME`); a Hub base is fetched unless it is cached.
+
+    Raises:
+        UserError: no such folder or repository, no network, no config, or no safetensors.
+    """
+    commit = None
+    if is_builtin(name):
+        folder = locate_model(name)
+    elif Path(name).expanduser().is_dir():
+        folder = Path(name).expanduser()
+    else:
+        folder = _fetch(name, revision, trust_remote_code)
+        commit = folder.name  # the Hub cache keeps each snapshot in a folder named by its commit
+    _check_folder(name, folder, trust_remote_code)
+    return identify_base(name, folder, commit)
+
+
+def load_tokenizer(
+    identity: BaseIdentity, section: ModelSection, chat_template: str | None = None
+) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, with a padding token that is named and never the same as the end of a turn.
+
+    Raises:
+        UserError: the folder holds no tokenizer that can be read, or the chat template file cannot.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(identity.folder, trust_remote_code=section.trust_remote_code)
+    except (OSError, ValueError, KeyError) as fault:
+        rule = f"Its tokenizer cannot be read: {_first_line(fault)}"
+        raise UserError("model.base", section.base, rule, "Add tokenizer.json to the folder.") from fault
+    if chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
+        except OSError as fault:
+            raise UserError("data.chat_template", chat_template, f"{fault.strerror}.", "Check the path.") from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # labels are masked by position, so sharing it hides nothing
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def load_base(
+    identity: BaseIdentity, section: ModelSection, quantization: dict[str, Any] | None = None, device: str | None = None
+) -> PreTrainedModel:
+    """The base as a causal language model, frozen, on `device` (this rank's, if None).
+
+    Weights that bitsandbytes does not quantise have `section.dtype`. Under DeepSpeed ZeRO-3 transformers itself shards
+    the weights while reading, so no device is given then.
+
+    Raises:
+        UserError: the weights cannot be read, or do not fill the architecture.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    from lora_ft.model.machine import probe_machine
+
+    options: dict[str, Any] = {
+        "dtype": getattr(torch, section.dtype) if section.dtype != "auto" else "auto",
+        "attn_implementation": section.attn_implementation,
+        "trust_remote_code": section.trust_remote_code,
+        "use_safetensors": True,
+        "local_files_only": True,
+    }
+    if quantization:
+        options["quantization_config"] = check_buildable("quantization", BitsAndBytesConfig, quantization, "recipe")
+    if not is_deepspeed_zero3_enabled():
+        options["device_map"] = {"": device or probe_machine().device}
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(identity.folder, output_loading_info=True, **options)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as fault:
+        raise UserError(
+            "model.base", section.base, f"It cannot be read: {_first_line(fault)}", "Check the folder."
+        ) from fault
+    _refuse_missing(section, info)
+    use_safe_4bit_kernels(model)
+    return model.requires_grad_(False)
+
+
+def use_safe_4bit_kernels(model: Any) -> None:
+    """Keeps bitsandbytes from repacking 4-bit weights in place on CPUs with AVX512-BF16.
+
+    bitsandbytes 0.50.2 does that in the first forward pass without gradients; later gradients are then computed from
+    weights in another order (cosine 0.30 to the right ones), a merge is garbage, and layers whose `out_features` is not
+    a multiple of 32 crash. Can go when `Linear4bit` keeps the packed copy apart from `weight`.
+    """
+    import bitsandbytes
+
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _fetch(name: str, revision: str | None, trust_remote_code: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = [*BASE_FILES, *(["*.py"] if trust_remote_code else [])]
+    place = f"{name}@{revision}" if revision else name
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except HFValidationError:
+        raise UserError("model.base", place, "Neither a folder nor a Hub id.", "Check the path.") from None
+    except LocalEntryNotFoundError:
+        rule = "It is no folder here, and the Hub cannot be reached to fetch it."
+        raise UserError("model.base", place, rule, "Check the path, the network, and HF_HUB_OFFLINE.") from None
+    except HfHubHTTPError as fault:
+        rule = f"The Hub refuses it: {_first_line(fault)}"
+        fix = "Check the name, the revision, and that HF_TOKEN has access."
+        raise UserError("model.base", place, rule, fix) from None
+
+
+def _check_folder(name: str, folder: Path, trust_remote_code: bool) -> None:
+    config = folder / "config.json"
+    if not config.is_file():
+        raise UserError("model.base", name, f"{folder} has no config.json.", "Name the folder of a model.")
+    try:
+        settings = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as fault:
+        raise UserError("model.base", name, f"{config} is not JSON: {fault}.", "Fetch the base again.") from None
+    if "auto_map" in settings and "model_type" not in settings and not trust_remote_code:
+        rule = "This base brings its own Python code."
+        raise UserError("model.base", name, rule, "Read that code, then set model.trust_remote_code: true.")
+    if not list(folder.glob("*.safetensors")):
+        rule = "It has no safetensors weights; pickled .bin files can run code and are not read."
+        raise UserError("model.base", name, rule, "Convert it with transformers' save_pretrained.")
+
+
+def _refuse_missing(section: ModelSection, info: dict[str, Any]) -> None:
+    missing = sorted(info["missing_keys"])
+    if missing:
+        rule = f"{len(missing)} weights of the architecture are not in its files, {missing[0]} first."
+        raise UserError("model.base", section.base, rule, "Fetch the base again, or name a causal language model.")
+
+
+def _first_line(fault: BaseException) -> str:
+    return (str(fault).strip().splitlines() or [type(fault).__name__])[0]

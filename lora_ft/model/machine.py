@@ -1,0 +1,199 @@
+"""What this machine is and does fastest, and the settings that follow: the one place for choices by device.
+
+Nothing here overrides a recipe: only what it leaves open is chosen, and each choice carries its reason.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+from lora_ft.errors import Fault, UserError, raise_faults
+from lora_ft.sections import Choice, Recipe
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The device a run computes on."""
+
+    device: str
+    """`cpu`, `cuda:0`, `mps`; under a launcher, the device of this rank."""
+    name: str
+    """As the maker calls it."""
+    memory_bytes: int
+    """Memory of the device; of the machine, for a CPU."""
+    native_bf16: bool
+    """Whether bfloat16 arithmetic is at least as fast as float32."""
+    bf16_reason: str
+    """How that is known."""
+
+
+@cache
+def probe_machine() -> Machine:
+    """The machine this process runs on; the CPU's bfloat16 speed is measured, once, in about 0.1 s."""
+    import torch
+
+    if torch.cuda.is_available():
+        index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+        properties = torch.cuda.get_device_properties(index)
+        native = properties.major >= 8
+        reason = f"compute capability {properties.major}.{properties.minor}"
+        return Machine(f"cuda:{index}", properties.name, properties.total_memory, native, reason)
+    if torch.backends.mps.is_available():
+        return Machine("mps", platform.processor() or "Apple GPU", _main_memory_bytes(), False, "not measured on mps")
+    ratio = _measure_bf16_speedup()
+    return Machine(
+        "cpu", _cpu_name(), _main_memory_bytes(), ratio >= 1.0, f"measured {ratio:.1f}× the speed of float32"
+    )
+
+
+def choose_settings(recipe: Recipe, machine: Machine) -> Recipe:
+    """The recipe with every open setting decided for `machine`; `recipe.choices` says what and why.
+
+    Raises:
+        UserError: the recipe asks for something this machine cannot do, such as fp16 on a CPU.
+    """
+    raise_faults(_impossible(recipe, machine))
+    choices: list[Choice] = []
+    model, training = recipe.model, dict(recipe.training)
+    quantization = dict(recipe.quantization) if recipe.quantization else None
+
+    def choose(section: str, values: dict[str, Any], key: str, value: object, reason: str) -> None:
+        if key not in values:
+            values[key] = value
+            choices.append(Choice(f"{section}.{key}", value, reason))
+
+    if model.dtype == "auto":
+        dtype, reason = _fastest_dtype(machine)
+        model = replace(model, dtype=dtype)
+        choices.append(Choice("model.dtype", dtype, reason))
+    if model.attn_implementation is None:
+        attention, reason = _fastest_attention(machine)
+        model = replace(model, attn_implementation=attention)
+        choices.append(Choice("model.attn_implementation", attention, reason))
+    if quantization is not None and quantization.get("load_in_4bit"):
+        choose("quantization", quantization, "bnb_4bit_compute_dtype", model.dtype, "as model.dtype")
+    for key, value, reason in _training_settings(recipe, machine, model.dtype):
+        choose("training", training, key, value, reason)
+    return replace(recipe, model=model, quantization=quantization, training=training, choices=tuple(choices))
+
+
+def settle_validation(recipe: Recipe, num_validation_rows: int) -> Recipe:
+    """The recipe, with no evaluation during training if it was only chosen here and no row turned up for it.
+
+    Raises:
+        UserError: the recipe itself asks for one, and there are no rows: it would fail at its first evaluation.
+    """
+    if num_validation_rows or recipe.training["eval_strategy"] == "no":
+        return recipe
+    if "training.eval_strategy" not in {choice.key for choice in recipe.choices}:
+        rule = "There are no validation rows to evaluate on."
+        fix = "Raise data.split.validation, name a source with split: validation, or write no."
+        raise UserError("training.eval_strategy", recipe.training["eval_strategy"], rule, fix)
+    others = tuple(choice for choice in recipe.choices if choice.key != "training.eval_strategy")
+    choice = Choice("training.eval_strategy", "no", "no validation rows")
+    return replace(recipe, training={**recipe.training, "eval_strategy": "no"}, choices=(*others, choice))
+
+
+def _training_settings(recipe: Recipe, machine: Machine, dtype: str) -> Iterator[tuple[str, object, str]]:
+    on_cpu = machine.device == "cpu"
+    splits = {source.split for source in recipe.data.sources}
+    has_validation = "validation" in splits or (None in splits and recipe.data.split.validation > 0)
+    yield "seed", 42, "fixed, so that a run can be repeated"
+    yield "bf16", dtype == "bfloat16", "arithmetic follows model.dtype; trained weights stay float32"
+    yield "fp16", dtype == "float16", "arithmetic follows model.dtype; trained weights stay float32"
+    if on_cpu:
+        yield "use_cpu", True, "no GPU is visible"
+        yield "dataloader_pin_memory", False, "memory is pinned for a GPU only"
+    if recipe.training.get("activation_checkpointing") is None:  # transformers' new name for the same
+        reason = "on a CPU time is scarcer than memory" if on_cpu else "GPU memory is scarcer than time"
+        yield "gradient_checkpointing", not on_cpu, reason
+    yield "optim", "adamw_torch_fused", "one pass over the weights instead of six"
+    yield (
+        "eval_strategy",
+        *(("epoch", "as often as weights are saved") if has_validation else ("no", "no validation rows")),
+    )
+    yield "save_strategy", "epoch", "an interrupted run loses at most one epoch"
+    yield "save_total_limit", 2, "the newest, and one before it"
+    yield "logging_steps", 5, "often enough to draw a curve"
+    yield "report_to", "none", "nothing leaves this machine unless asked"
+
+
+def has_triton_loss(device_type: str) -> bool:
+    """Whether TRL's Triton kernel turns hidden states into losses here; elsewhere blocks that stay in cache are faster."""
+    return device_type in {"cuda", "xpu"} and importlib.util.find_spec("triton") is not None
+
+
+def prefers_matmul_attention(device_type: str, dtype: Any) -> bool:
+    """Whether matrix products attend faster than PyTorch's fused kernel: in bfloat16 on a CPU, by 2 to 4 times."""
+    return device_type == "cpu" and str(dtype) == "torch.bfloat16"
+
+
+def _impossible(recipe: Recipe, machine: Machine) -> Iterator[Fault]:
+    """What this machine cannot do, though the recipe asks for it."""
+    if machine.device == "cpu":
+        remedy = "Write bfloat16 or float32, or leave it out."
+        if recipe.model.dtype == "float16":
+            yield Fault("model.dtype", "float16", "Half precision has no training kernels on a CPU.", remedy)
+        if recipe.training.get("fp16"):
+            yield Fault("training.fp16", True, "Half precision has no training kernels on a CPU.", remedy)
+        if recipe.training.get("tf32"):
+            yield Fault("training.tf32", True, "TF32 is a format of NVIDIA GPUs.", "Remove it.")
+    if recipe.training.get("bf16") and recipe.training.get("fp16"):
+        yield Fault("training.fp16", True, "bf16 and fp16 exclude each other.", "Remove one.")
+    if recipe.model.dtype == "float16" and recipe.training.get("bf16"):
+        yield Fault("training.bf16", True, "model.dtype is float16, and both would be mixed.", "Use one of them.")
+    if recipe.training.get("fp16") and recipe.model.dtype == "bfloat16":
+        yield Fault("training.fp16", True, "model.dtype is bfloat16, and both would be mixed.", "Use one of them.")
+
+
+def _fastest_dtype(machine: Machine) -> tuple[Any, str]:
+    if machine.native_bf16:
+        return "bfloat16", f"native here: {machine.bf16_reason}"
+    if machine.device.startswith("cuda"):
+        return "float16", f"bfloat16 is not native: {machine.bf16_reason}"
+    return "float32", f"bfloat16 is not native: {machine.bf16_reason}"
+
+
+def _fastest_attention(machine: Machine) -> tuple[str, str]:
+    if machine.device.startswith("cuda") and machine.native_bf16 and importlib.util.find_spec("flash_attn"):
+        return "flash_attention_2", "the package flash_attn is installed"
+    return "sdpa", "PyTorch's fused attention, exact for packed rows too"
+
+
+def _measure_bf16_speedup() -> float:
+    """Speed of a bfloat16 matrix product relative to float32: the best of three, on shapes of a small layer."""
+    import torch
+
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        left, right = torch.ones(512, 768, dtype=dtype), torch.ones(768, 768, dtype=dtype)
+        left @ right
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            for _ in range(4):
+                left @ right
+            times.append(time.perf_counter() - start)
+        seconds[dtype] = min(times)
+    return seconds[torch.float32] / seconds[torch.bfloat16]
+
+
+def _main_memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as stream:
+            names = [line.partition(":")[2].strip() for line in stream if line.startswith("model name")]
+    except OSError:
+        names = []
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
