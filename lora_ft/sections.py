@@ -88,6 +88,8 @@ class DataSection:
     """Whether labels are made equally frequent, by leaving out rows of the frequent ones at random."""
     on_bad_row: Literal["refuse", "skip"] = "refuse"
     """Whether a row that fits no format ends the command or is counted and left out."""
+    redact: bool = False
+    """Whether personal data and secrets are masked (`[EMAIL]`, `[CARD]` …) before anything else sees the rows."""
     strict: bool = False
     """Whether warnings of the audit (truncated answers, leaks) end the command."""
     chat_template: str | None = None

@@ -17,6 +17,12 @@ CHATML = (
 WORDS = "the battery is full red green blue light blinks what does it mean when how many one two three user assistant"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Prepared data and quantised weights of tests go where tests go."""
+    os.environ["LORA_FT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 def make_tokenizer():
     """A byte-level BPE tokenizer with a ChatML template, trained on a handful of words."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +11,12 @@ from lora_ft.errors import Fault, UserError, raise_faults
 from lora_ft.recipe import LORAPLUS, check_buildable
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
+    from torch import Tensor
     from transformers import PreTrainedModel
+
+START = "weights_taken_from_base"
+"""Attribute of a PeftModel that holds the A0 and B0 its start took out of the base's weights."""
 
 TASK_TYPES = {"sft": "CAUSAL_LM", "classification": "SEQ_CLS", "seq2seq": "SEQ_2_SEQ_LM"}
 
@@ -48,6 +53,8 @@ def attach_adapter(
             fields = {**fields, "init_lora_weights": True}
         config = check_buildable("lora", LoraConfig, {**fields, "task_type": TASK_TYPES[task]}, "recipe")
         model = _call_peft(get_peft_model, model, config)
+        if _rewrites_base(fields):
+            _remember_start(model)
         if loftq:
             _start_from_loftq(model, base_folder)
     for parameter in model.parameters():
@@ -61,6 +68,56 @@ def attach_adapter(
 def count_trainable(model: Any) -> int:
     """Number of parameters that training changes; shards of ZeRO-3 count whole."""
     return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+
+
+def on_original_base(
+    model: PeftModel, tensors: dict[str, Tensor], config: LoraConfig
+) -> tuple[dict[str, Tensor], LoraConfig]:
+    """Tensors and config of an adapter as they are on the base's own weights, whatever its start did to them.
+
+    PiSSA and OLoRA take their first A0 and B0 out of the base: W becomes W - s·B0·A0. On the W that everybody else has,
+    the trained adapter is s·(B·A - B0·A0), a plain LoRA of twice the rank. Saving A and B alone, as PEFT does unless
+    told otherwise, gives an adapter that no stock base fits.
+
+        A'  A       B'  B | -B0       r' = 2r
+            A0
+
+    Source: Meng et al. 2024, "PiSSA", section 4 and appendix C.
+    """
+    import torch
+
+    start: dict[str, Tensor] | None = getattr(model, START, None)
+    if start is None:
+        return tensors, config
+    joined = dict(tensors)
+    for key, first in start.items():
+        if ".lora_A." in key:
+            joined[key] = torch.cat([tensors[key], first]).contiguous()
+        elif ".lora_B." in key:
+            joined[key] = torch.cat([tensors[key], -first], dim=1).contiguous()
+    growth = 2**0.5 if config.use_rslora else 2  # keeps alpha / r, or alpha / √r, as it was
+    config = replace(
+        config,
+        init_lora_weights=True,
+        r=2 * config.r,
+        lora_alpha=growth * config.lora_alpha,
+        rank_pattern={name: 2 * rank for name, rank in config.rank_pattern.items()},
+        alpha_pattern={name: growth * alpha for name, alpha in config.alpha_pattern.items()},
+    )
+    return joined, config
+
+
+def _rewrites_base(lora: dict[str, Any]) -> bool:
+    start = lora.get("init_lora_weights", True)
+    return isinstance(start, str) and start.partition("_")[0] in {"pissa", "olora", "corda"}
+
+
+def _remember_start(model: PeftModel) -> None:
+    """Keeps a copy of A0 and B0 on the model, for `on_original_base`."""
+    from peft import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    setattr(model, START, {key: tensor.detach().to("cpu", copy=True) for key, tensor in state.items()})
 
 
 def _load_trainable(model: PreTrainedModel, folder: Path) -> PeftModel:
@@ -88,8 +145,7 @@ def _is_quantised(model: Any) -> bool:
 def _impossible(model: Any, lora: dict[str, Any]) -> Iterator[Fault]:
     """Starts that read or rewrite the base's weights, where those are not there to be read."""
     start = lora.get("init_lora_weights", True)
-    rewrites_base = isinstance(start, str) and start.partition("_")[0] in {"pissa", "olora", "corda"}
-    if rewrites_base and _is_quantised(model):
+    if _rewrites_base(lora) and _is_quantised(model):
         rule = "It decomposes the base's weights, and quantised ones cannot be decomposed."
         yield Fault("lora.init_lora_weights", start, rule, "Write loftq, or leave the section quantization out.")
     if start == "loftq" and not _is_quantised(model):

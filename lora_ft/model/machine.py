@@ -126,7 +126,7 @@ def _training_settings(recipe: Recipe, machine: Machine, dtype: str) -> Iterator
 
 
 def has_triton_loss(device_type: str) -> bool:
-    """Whether TRL's Triton kernel turns hidden states into losses here; elsewhere blocks that stay in cache are faster."""
+    """Whether TRL's Triton kernel can turn hidden states into losses; elsewhere, blocks that stay in cache are best."""
     return device_type in {"cuda", "xpu"} and importlib.util.find_spec("triton") is not None
 
 

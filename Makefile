@@ -1,0 +1,31 @@
+# Two commands: `make quickstart` trains, evaluates and verifies an adapter; `make test` runs the tests. Each sets itself up.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+quickstart: $(VENV)/.installed
+	$(BIN)/lora-ft train recipes/quickstart.yaml --fresh
+
+test: $(VENV)/.installed-for-tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(VENV)/.installed-for-tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# DeepSpeed builds against the torch that is installed (hence no isolation), and needs no compiler with its ops left out.
+$(VENV)/.installed-for-tests: $(VENV)/.installed
+	$(BIN)/pip install -q -e '.[dev]' setuptools wheel ninja py-cpuinfo
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/pip install -q --no-build-isolation -e '.[distributed]'
+	touch $@
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -e .
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs build dist
+
+.PHONY: quickstart test lint clean

@@ -1,0 +1,105 @@
+"""A conversation in the terminal with a tuned model, and with its base beside it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lora_ft.errors import UserError
+
+
+def chat(folder: Path, *, with_base: bool, max_new_tokens: int, quiet: bool = False) -> list[dict[str, str]]:
+    """Reads lines from stdin and answers each, as it is written unless `quiet`; returns what was said, turn by turn.
+
+    `/new` forgets what was said, `/quit` or the end of input leaves.
+
+    Raises:
+        UserError: `folder` is no run, adapter or merged model, or its tokenizer has no chat template.
+    """
+    model, tokenizer, has_adapter = _load(folder)
+    if tokenizer.chat_template is None:
+        rule = "Its tokenizer has no chat template, so there is no way to put a question."
+        raise UserError(str(folder), None, rule, "Train with data.chat_template.")
+    if with_base and not has_adapter:
+        raise UserError(str(folder), "--base", "A merged model has no base apart.", "Name the run or its adapter.")
+    speakers = {"base": False, "tuned": True} if with_base else {"tuned": True}
+    histories: dict[str, list[dict[str, str]]] = {name: [] for name in speakers}
+    said: list[dict[str, str]] = []
+    if not quiet:
+        print("Ask something; /new starts over, /quit leaves.")
+    for line in _read_lines(quiet):
+        if line == "/new":
+            histories = {name: [] for name in speakers}
+            continue
+        turn = {"user": line}
+        for name, adapter_on in speakers.items():
+            histories[name].append({"role": "user", "content": line})
+            turn[name] = _answer(model, tokenizer, histories[name], adapter_on, max_new_tokens, name, quiet)
+            histories[name].append({"role": "assistant", "content": turn[name]})
+        said.append(turn)
+    return said
+
+
+def _load(folder: Path) -> tuple[Any, Any, bool]:
+    """Model and tokenizer, and whether the model carries an adapter."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from lora_ft.export.adapter import open_adapter
+    from lora_ft.export.base import base_of_adapter
+    from lora_ft.export.reload import load_tuned
+    from lora_ft.model.machine import probe_machine
+
+    adapter = folder / "adapter" if (folder / "adapter").is_dir() else folder
+    if (adapter / "adapter_config.json").is_file():
+        opened = open_adapter(adapter)
+        if opened.manifest is None:
+            raise UserError(str(adapter), None, "Another tool saved this adapter.", "Merge it first: lora-ft merge")
+        model = load_tuned(opened, base_of_adapter(opened), opened.manifest.arithmetic)
+        return model, AutoTokenizer.from_pretrained(adapter), True
+    if not (folder / "config.json").is_file():
+        raise UserError(str(folder), None, "This is no run, adapter or merged model.", "Name one of these.")
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": probe_machine().device})
+    return model.eval(), AutoTokenizer.from_pretrained(folder), False
+
+
+def _read_lines(quiet: bool) -> Iterator[str]:
+    """What the user says, line by line, until `/quit` or the end of input; empty lines are skipped."""
+    while True:
+        try:
+            line = input("" if quiet else "\nyou    ").strip()
+        except EOFError:
+            return
+        if line == "/quit":
+            return
+        if line:
+            yield line
+
+
+def _answer(
+    model: Any,
+    tokenizer: Any,
+    history: list[dict[str, str]],
+    adapter_on: bool,
+    max_new_tokens: int,
+    speaker: str,
+    quiet: bool,
+) -> str:
+    import torch
+    from transformers import TextStreamer
+
+    inputs = tokenizer.apply_chat_template(history, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    streamer = None if quiet else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    if not quiet:
+        print(f"{speaker:6} ", end="", flush=True)
+    with torch.no_grad(), contextlib.nullcontext() if adapter_on else model.disable_adapter():
+        written = model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            streamer=streamer,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    return str(tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()

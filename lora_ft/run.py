@@ -1,0 +1,235 @@
+"""The way from a recipe to a verified adapter; `run_recipe` reads like a table of contents."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_ft.data.prepare import Splits, build_splits
+from lora_ft.errors import RunFailed
+from lora_ft.evaluation.metrics import check_metrics
+from lora_ft.fingerprint import BaseIdentity, hash_tensors
+from lora_ft.model.load import find_base, load_base, load_tokenizer
+from lora_ft.model.machine import choose_settings, probe_machine, settle_validation
+from lora_ft.recipe import LORAPLUS, load_recipe
+from lora_ft.sections import Recipe
+from lora_ft.training.checkpoint import check_run_folder, check_space, claim_run_folder, write_manifest
+from lora_ft.training.distributed import Launch, check_launch, read_launch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lora_ft.training.trainer import LoraTrainer
+
+NUM_SAMPLES, SAMPLE_TOKENS = 4, 64
+"""Prompts whose logits are recorded with the adapter, and their length, for a later reload to be held against."""
+
+LAUNCHER_VARIABLES = {
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "GROUP_RANK",
+}
+
+LIBRARIES = ("lora-ft", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes")
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left behind."""
+
+    folder: Path
+    """The run's folder."""
+    manifest: dict[str, Any]
+    """The content of its `run.json`."""
+
+
+def run_recipe(recipe: Recipe, *, fresh: bool = False, quiet: bool = False) -> RunResult | None:
+    """The recipe, run to its end; None on every rank but the first.
+
+    Raises:
+        UserError: something the user must change; raised before training, and before anything is written.
+        RunFailed: the run broke a promise, for instance the saved adapter does not reproduce the trained one.
+    """
+    silence_telemetry()
+    launch = read_launch()
+    check_metrics(recipe.evaluation.metrics)
+    machine = probe_machine()
+    if machine.device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where it is installed, prints a warning
+    recipe = choose_settings(recipe, machine)
+    check_launch(launch, recipe)
+    base = find_base(recipe.model.base, recipe.model.revision, recipe.model.trust_remote_code)
+    tokenizer = load_tokenizer(base, recipe.model, recipe.data.chat_template)
+    splits = build_splits(recipe.data, tokenizer)
+    recipe = settle_validation(recipe, len(splits.validation))
+    run = check_run_folder(recipe, base.fingerprint, splits.fingerprint, fresh)
+
+    from lora_ft.model.adapter import attach_adapter, count_trainable
+    from lora_ft.training.trainer import build_arguments, build_trainer
+
+    arguments = build_arguments(recipe.training, recipe.output_dir)
+    model = load_base(base, recipe.model, recipe.quantization)
+    model = attach_adapter(
+        model,
+        recipe.lora,
+        task=recipe.data.task,
+        seed=recipe.training["seed"],
+        adapter=recipe.model.adapter,
+        base_folder=base.folder,
+    )
+    check_space(run, recipe, count_trainable(model), sum(f.stat().st_size for f in base.folder.glob("*.safetensors")))
+    manifest = describe_run(recipe, base, splits, launch) | {"trainable_parameters": count_trainable(model)}
+    ratio = (recipe.lora or {}).get(LORAPLUS)
+    trainer = build_trainer(
+        model, tokenizer, splits.train, splits.validation, arguments, loraplus_ratio=ratio, quiet=quiet
+    )
+    if launch.is_main:
+        claim_run_folder(run, recipe, manifest, fresh)
+    trainer.accelerator.wait_for_everyone()
+
+    started = time.perf_counter()
+    outcome = trainer.train(resume_from_checkpoint=str(run.resume_from) if run.resume_from else None)
+    manifest["training"] = {**outcome.metrics, "seconds": round(time.perf_counter() - started, 2)}
+
+    adapter = save_trained(trainer, tokenizer, splits, base, recipe)
+    if not launch.is_main:
+        return None
+    manifest["adapter_sha256"] = hash_tensors(adapter / "adapter_model.safetensors")
+    manifest["verification"] = verify_saved(adapter)
+    manifest["evaluation"] = evaluate_trained(trainer, tokenizer, splits, recipe, launch)
+    manifest["export"] = export_run(adapter, recipe)
+    return RunResult(run.path, write_manifest(run, "finished", manifest))
+
+
+def silence_telemetry() -> None:
+    """Turns off what libraries send to their makers, before they are imported and, if they already are, after."""
+    for name in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK", "DISABLE_TELEMETRY", "ANONYMIZED_TELEMETRY_DISABLED"):
+        os.environ.setdefault(name, "1")
+    if "huggingface_hub.constants" in sys.modules:
+        sys.modules["huggingface_hub.constants"].HF_HUB_DISABLE_TELEMETRY = True  # type: ignore[attr-defined]
+
+
+def describe_run(recipe: Recipe, base: BaseIdentity, splits: Splits, launch: Launch) -> dict[str, Any]:
+    """What `run.json` says of a run before its first step."""
+    machine = probe_machine()
+    return {
+        "base": {"name": base.name, "revision": base.revision, "fingerprint": base.fingerprint},
+        "data": splits.report.to_json(),
+        "choices": [{"key": c.key, "value": c.value, "reason": c.reason} for c in recipe.choices],
+        "machine": {"device": machine.device, "name": machine.name, "processes": launch.world_size},
+        "versions": {"python": platform.python_version(), **{n: importlib.metadata.version(n) for n in LIBRARIES}},
+    }
+
+
+def save_trained(
+    trainer: LoraTrainer, tokenizer: PreTrainedTokenizerBase, splits: Splits, base: BaseIdentity, recipe: Recipe
+) -> Path:
+    """The folder of the adapter, written by the first rank; every rank takes part in gathering its weights."""
+    from lora_ft.export.save import save_adapter
+    from lora_ft.training.distributed import gather_adapter
+
+    folder = recipe.output_dir / "adapter"
+    state_dict = gather_adapter(trainer)
+    if trainer.is_world_process_zero():
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        held_out = next(rows for rows in (splits.test, splits.validation, splits.train) if len(rows))
+        prompts = [row["input_ids"][:SAMPLE_TOKENS] for row in held_out.select(range(min(NUM_SAMPLES, len(held_out))))]
+        save_adapter(model, tokenizer, folder, base=base, state_dict=state_dict, samples=prompts)
+    return folder
+
+
+def verify_saved(adapter: Path) -> dict[str, Any]:
+    """What a fresh process found when it reopened the adapter.
+
+    Raises:
+        RunFailed: it is not the adapter that was trained.
+    """
+    from lora_ft.export.verify import verify_folder
+
+    report = verify_folder(adapter)
+    faults = [f"{finding.name}: {finding.detail}" for finding in report.findings if not finding.ok]
+    if faults:
+        rule = "The saved adapter is not the one that was trained."
+        raise RunFailed(
+            str(adapter), "; ".join(faults), rule, "Nothing was published. Check the disk, then train again."
+        )
+    return report.to_json()
+
+
+def evaluate_trained(
+    trainer: LoraTrainer, tokenizer: PreTrainedTokenizerBase, splits: Splits, recipe: Recipe, launch: Launch
+) -> dict[str, Any]:
+    """Base against tuned on the test split, written to `report/`; empty without test rows.
+
+    Several ranks have gone their ways by now, so the first one starts a process of its own for it, which reads the
+    adapter from disk.
+    """
+    from lora_ft.evaluation.compare import compare_models
+    from lora_ft.evaluation.report import write_report
+
+    if len(splits.test) == 0:
+        return {}
+    if launch.world_size > 1:
+        return evaluate_in_new_process(recipe.output_dir)
+    started = time.perf_counter()
+    compared = compare_models(
+        trainer.model, tokenizer, splits.test, splits.examples("test"), recipe.data, recipe.evaluation
+    )
+    return write_report(compared, recipe.output_dir, time.perf_counter() - started)
+
+
+def evaluate_run(folder: Path) -> dict[str, Any]:
+    """Base against tuned for a run on disk: the same rows, settings and figures as at the end of its training.
+
+    Raises:
+        UserError: `folder` is no run, or its base or data are no longer what they were.
+    """
+    from lora_ft.evaluation.compare import compare_models
+    from lora_ft.evaluation.report import write_report
+    from lora_ft.model.adapter import attach_adapter
+
+    silence_telemetry()
+    recipe = load_recipe(folder / "recipe.yaml")
+    base = find_base(recipe.model.base, recipe.model.revision, recipe.model.trust_remote_code)
+    tokenizer = load_tokenizer(base, recipe.model, recipe.data.chat_template)
+    splits = build_splits(recipe.data, tokenizer)
+    model = load_base(base, recipe.model, recipe.quantization)
+    model = attach_adapter(model, None, adapter=str(folder / "adapter"))
+    started = time.perf_counter()
+    compared = compare_models(model, tokenizer, splits.test, splits.examples("test"), recipe.data, recipe.evaluation)
+    return write_report(compared, folder, time.perf_counter() - started)
+
+
+def evaluate_in_new_process(folder: Path) -> dict[str, Any]:
+    """`lora-ft evaluate` on the run, outside the launcher."""
+    environment = {
+        k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES and not k.startswith("ACCELERATE_")
+    }
+    command = [sys.executable, "-m", "lora_ft", "evaluate", str(folder), "--json"]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode != 0:
+        rule = f"The evaluation in a process of its own ended with exit code {done.returncode}."
+        raise RunFailed(str(folder), None, rule, f"The adapter is whole. Try: lora-ft evaluate {folder}")
+    return json.loads(done.stdout)
+
+
+def export_run(adapter: Path, recipe: Recipe) -> dict[str, Any]:
+    """What the recipe's `export` section asks for, made of the verified adapter."""
+    from lora_ft.export.merge import merge_adapter
+
+    if not recipe.export.merge:
+        return {}
+    report = merge_adapter(adapter, recipe.output_dir / "merged", dtype=recipe.export.dtype)
+    return {"merge": report.to_json()}

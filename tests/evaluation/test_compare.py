@@ -1,0 +1,98 @@
+"""Base against tuned: figures that do not depend on the batch size, and answers in the order of the questions."""
+
+import datasets
+import pytest
+import torch
+
+from lora_ft.data.prepare import build_splits
+from lora_ft.errors import UserError
+from lora_ft.evaluation.compare import compare_models, generate_answers
+from lora_ft.evaluation.metrics import METRICS, check_metrics, score_answers
+from lora_ft.model.adapter import attach_adapter
+from lora_ft.model.load import find_base, load_base, load_tokenizer
+from lora_ft.sections import DataSection, EvaluationSection, ModelSection, SourceSection
+
+
+@pytest.fixture(scope="module")
+def tuned(tiny_base):
+    """The tiny base with an adapter that does something."""
+    section = ModelSection(base=str(tiny_base), dtype="float32", attn_implementation="sdpa")
+    model = load_base(find_base(section.base), section)
+    model = attach_adapter(model, {"r": 4, "target_modules": "all-linear", "init_lora_weights": False})
+    return model, load_tokenizer(find_base(section.base), section)
+
+
+@pytest.fixture
+def test_split(tuned, chat_rows, tmp_path):
+    import json
+
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in chat_rows))
+    source = SourceSection(path=str(path), split="test")
+    other = SourceSection(path=str(path), split="train")
+    data = DataSection(sources=(other, source), max_length=96, cache_dir=str(tmp_path / "cache"))
+    splits = build_splits(data, tuned[1])
+    return data, splits.test, splits.examples("test")
+
+
+def reference_loss(model, rows: datasets.Dataset) -> tuple[float, int]:
+    """Full logits, row by row, in fp32: the definition."""
+    total, count = 0.0, 0
+    for row in rows:
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+        with torch.no_grad():
+            logits = model.eval()(input_ids=ids).logits
+        kept = labels[0, 1:] != -100
+        losses = torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="none")
+        total, count = total + losses[kept].sum().item(), count + int(kept.sum())
+    return total / count, count
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_loss_is_the_mean_over_supervised_tokens_for_any_batch(tuned, test_split, batch_size):
+    model, tokenizer = tuned
+    data, rows, examples = test_split
+    section = EvaluationSection(generate=3, max_new_tokens=4, batch_size=batch_size)
+    compared = compare_models(model, tokenizer, rows, examples, data, section)
+    loss, count = reference_loss(model, rows)
+    assert compared.tuned.num_supervised_tokens == compared.base.num_supervised_tokens == count
+    assert compared.tuned.loss == pytest.approx(loss, abs=1e-5)
+    with model.disable_adapter():
+        assert compared.base.loss == pytest.approx(reference_loss(model, rows)[0], abs=1e-5)
+    assert compared.base.loss != pytest.approx(compared.tuned.loss, abs=1e-3)
+
+
+def test_answers_do_not_depend_on_their_neighbours(tuned):
+    model, tokenizer = tuned
+    prompts = [[5, 6, 7], [8] * 40, [9, 10], [11, 12, 13, 14, 15]]
+    alone = [generate_answers(model, tokenizer, [p], [2], EvaluationSection(max_new_tokens=6))[0] for p in prompts]
+    together = generate_answers(model, tokenizer, prompts, [2], EvaluationSection(max_new_tokens=6, batch_size=3))
+    assert together == alone
+
+
+def test_number_of_answers(tuned, test_split):
+    model, tokenizer = tuned
+    data, rows, examples = test_split
+    for asked, written in {0: 0, 5: 5, "all": len(rows)}.items():
+        section = EvaluationSection(generate=asked, max_new_tokens=1)
+        compared = compare_models(model, tokenizer, rows, examples, data, section)
+        assert len(compared.predictions) == compared.tuned.num_answers == written
+        assert bool(compared.tuned.metrics) == bool(written)
+
+
+def test_model_is_left_as_it_was(tuned, test_split):
+    model, tokenizer = tuned
+    data, rows, examples = test_split
+    model.train()
+    compare_models(model, tokenizer, rows, examples, data, EvaluationSection(generate=1, max_new_tokens=1))
+    assert model.training and model.active_adapter == "default"
+    assert not model.base_model.model.model.layers[0].mlp.up_proj.disable_adapters
+
+
+def test_metrics():
+    assert score_answers(["a b", " c "], ["a b", "d"], ["exact_match"]) == {"exact_match": 0.5}
+    assert METRICS["f1"]("The red light.", "a red light") == pytest.approx(2 / 3)
+    assert METRICS["f1"]("", "") == 1.0 and METRICS["f1"]("x", "") == 0.0
+    check_metrics(METRICS)
+    with pytest.raises(UserError, match="Known: exact_match"):
+        check_metrics(["accuracyy"])

@@ -1,0 +1,99 @@
+"""The command line: exit codes, one message, one JSON document, and a quick start."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from lora_ft.cli import main, parse_arguments
+
+
+def run(*words, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "lora_ft", *map(str, words)], capture_output=True, text=True, **options
+    )
+
+
+def test_help_imports_nothing_heavy():
+    program = (
+        "import sys; from lora_ft.cli import build_parser; build_parser().format_help();"
+        "print([m for m in ('torch', 'transformers', 'trl', 'peft', 'datasets', 'numpy', 'yaml') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_command_has_help(capsys):
+    for command in ("train", "check", "evaluate", "merge", "verify", "chat", "recipes"):
+        with pytest.raises(SystemExit) as ended:
+            main([command, "--help"])
+        assert ended.value.code == 0
+        assert "--json" in capsys.readouterr().out
+
+
+def test_overrides_may_stand_around_options():
+    options = parse_arguments(["train", "r.yaml", "a.b=1", "--fresh", "c.d=2"])
+    assert options.overrides == ["a.b=1", "c.d=2"] and options.fresh
+
+
+@pytest.mark.parametrize("words", [["train"], ["nonsense"], ["train", "r.yaml", "--no-such-option"], ["merge", "x"]])
+def test_wrong_words_end_with_2(words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["train", "absent.yaml"], "absent.yaml\n  The recipe cannot be read: No such file or directory."),
+        (["train", "builtin:nothing"], "Nothing of that name is embedded"),
+        (["verify", "absent"], "absent"),
+        (["chat", "absent"], "absent"),
+        (["evaluate", "absent"], "recipe.yaml"),
+        (["merge", "absent", "--out", "x"], "absent"),
+        (["recipes", "nothing"], "Nothing of that name is embedded"),
+    ],
+)
+def test_user_errors_end_with_2_and_one_message(words, expected, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    shown = capsys.readouterr()
+    assert expected in shown.err and "Traceback" not in shown.err and shown.out == ""
+    assert not list(tmp_path.iterdir()), "nothing is written"
+
+
+def test_json_of_an_error_is_one_document(recipe_file):
+    done = run("train", recipe_file(lora={"r": 0}), "--json")
+    assert done.returncode == 2
+    (fault,) = json.loads(done.stdout)["faults"]
+    assert fault["place"].endswith("lora.r") and fault["value"] == 0
+
+
+def test_check_prints_the_recipe_with_reasons(recipe_file, capsys):
+    assert main(["check", str(recipe_file(model={"dtype": "auto"}))]) == 0
+    out = capsys.readouterr().out
+    assert "attn_implementation: sdpa  # chosen: " in out
+    assert "  dtype: " in out and "# chosen: " in out.partition("dtype: ")[2].splitlines()[0]
+
+
+def test_recipes_are_listed_and_copied(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["recipes", "--json"]) == 0
+    assert "quickstart" in json.loads(capsys.readouterr().out)
+    assert main(["recipes", "quickstart"]) == 0
+    assert (tmp_path / "quickstart.yaml").is_file()
+    assert main(["recipes", "quickstart"]) == 2, "a file that is there is not overwritten"
+
+
+@pytest.mark.parametrize("setting", ["model.dtype=float16", "training.fp16=true", "training.tf32=true"])
+def test_what_a_cpu_cannot_do_is_refused_before_anything_is_written(recipe_file, setting, tmp_path):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("a GPU can")
+    done = run("train", recipe_file(), setting)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
