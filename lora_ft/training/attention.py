@@ -1,0 +1,270 @@
+"""Attention for rows that hold several documents, each seeing only itself.
+
+transformers' own way on plain SDPA is one dense mask over the whole row: right, but its cost is the square of the sum
+of the lengths. Here it is the sum of their squares.
+
+    row        A A A B B C          dense mask: 36 scores, 21 of them thrown away
+    positions  0 1 2 0 1 0          here: 9 + 4 + 1 scores
+
+Shapes: B rows, S positions, H heads, K heads of keys, G = H / K, E entries a head, n documents of L tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from lora_ft.model.machine import prefers_matmul_attention
+
+DOCUMENTS = "sdpa_documents"
+"""Name of this attention among transformers' (`model.config._attn_implementation`)."""
+
+BLOCK = 128
+"""Queries that are multiplied at once; keys behind the last of them are left out."""
+
+LONGEST_MATMUL = 1024
+"""Longest document whose probabilities are kept for the backward pass: 2·H·L bytes a token are a burden beyond."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Neighbouring documents of one length."""
+
+    count: int
+    """n."""
+    length: int
+    """L, in tokens."""
+    window: Tensor | None = None
+    """Who sees whom [n, 1, L, L], where a sliding window hides the start of a document from its end."""
+
+
+@dataclass(frozen=True)
+class DocumentMask:
+    """What stands in for the dense mask [B, 1, S, S] of packed rows, as a `BlockMask` does for flex attention."""
+
+    runs: tuple[Run, ...]
+    """All documents of all rows, one row after the other."""
+
+
+@contextmanager
+def document_attention(model: Any) -> Iterator[None]:
+    """Within it, a causal language model on plain SDPA attends document by document.
+
+    Padded batches and generation go the way of plain SDPA as before, and a model that attends in another way (eager,
+    FlashAttention) is left alone.
+    """
+    AttentionInterface.register(DOCUMENTS, attend_documents)
+    AttentionMaskInterface.register(DOCUMENTS, mask_documents)
+    was_sdpa = model.config._attn_implementation == "sdpa"
+    if was_sdpa:
+        model.set_attn_implementation(DOCUMENTS)
+    try:
+        yield
+    finally:
+        if was_sdpa:
+            model.set_attn_implementation("sdpa")
+
+
+@torch.no_grad()
+def keeps_documents_apart(model: Any) -> bool:
+    """Whether a document scores the same behind another one in its row as alone, tried on eight tokens.
+
+    It does not where layers carry a state along the row (Mamba, linear attention), or where an architecture takes no
+    notice of `position_ids`; training on packed rows would go on without a word. Shards cannot be tried: there, the
+    kinds of layers in the config decide.
+    """
+    if any(parameter.is_meta or hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+        return all(kind.endswith("_attention") and kind != "linear_attention" for kind in kinds)
+    was_training, ids = model.training, torch.arange(1, 9, device=model.device)[None]
+    places = torch.arange(4, device=model.device).repeat(2)[None]
+    model.eval()
+    try:
+        behind = model(input_ids=ids, position_ids=places, use_cache=False).logits[:, 4:].float()
+        alone = model(input_ids=ids[:, 4:], position_ids=places[:, 4:], use_cache=False).logits.float()
+    finally:
+        model.train(was_training)
+    tolerance = 1e-4 if model.dtype == torch.float32 else 0.02
+    return bool((behind - alone).norm() <= tolerance * alone.norm())
+
+
+def mask_documents(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Tensor] | None = None,
+    attention_mask: Tensor | None = None,
+    allow_is_causal_skip: bool = True,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **options: Any,
+) -> DocumentMask | Tensor | None:
+    """The documents of packed rows; for anything else the mask of plain SDPA.
+
+    transformers hands over a function that says whether query q sees key k. Asked along two diagonals it tells all: a
+    document starts where a token does not see the one before it, and the rule is causal where none sees the one after.
+    """
+    if not (allow_is_causal_skip or use_vmap) and attention_mask is None and q_length == kv_length > 1:
+        assert mask_function is not None, "transformers always gives one"
+        row = torch.arange(batch_size, device=device)[:, None]
+        place = torch.arange(q_length - 1, device=device)[None]
+        sees_previous = mask_function(row, 0, place + 1, place).expand(batch_size, -1)
+        if not mask_function(row, 0, place, place + 1).any():
+            return DocumentMask(tuple(_find_runs(sees_previous, mask_function, local_size)))
+    return sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        allow_is_causal_skip=allow_is_causal_skip,
+        local_size=local_size,
+        use_vmap=use_vmap,
+        device=device,
+        **options,
+    )
+
+
+def _find_runs(sees_previous: Tensor, sees: Callable[..., Tensor], window: int | None) -> Iterator[Run]:
+    """The documents of rows whose tokens, from the second on, see the one before them or do not [B, S - 1]."""
+    for row, joined in enumerate(sees_previous.tolist()):
+        starts = [0, *(place for place, seen in enumerate(joined, start=1) if not seen)]
+        lengths = [end - start for start, end in zip(starts, [*starts[1:], len(joined) + 1], strict=True)]
+        first = 0
+        for length, run in groupby(lengths):
+            count = len(list(run))
+            if window is not None and length > window:
+                begin = first + length * torch.arange(count, device=sees_previous.device)[:, None, None]
+                inside = torch.arange(length, device=sees_previous.device)
+                visible = sees(row, 0, begin + inside[:, None], begin + inside)
+                yield Run(count, length, visible[:, None])
+            else:
+                yield Run(count, length)
+            first += count * length
+
+
+def attend_documents(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: DocumentMask | Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attention output [B, S, H, E] of queries [B, H, S, E], keys and values [B, K, S, E]; documents apart."""
+    if not isinstance(attention_mask, DocumentMask):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
+    unsupported = [name for name in ("softcap", "position_bias", "s_aux") if options.get(name) is not None]
+    if unsupported:
+        raise ValueError(f"{DOCUMENTS} attention has no {unsupported[0]}; load the model with eager attention")
+    batch, heads, length, entries = query.shape
+    scaling = entries**-0.5 if scaling is None else scaling
+    sizes = [run.count * run.length for run in attention_mask.runs]
+    tokens = [states.transpose(1, 2).flatten(0, 1).split(sizes) for states in (query, key, value)]
+    runs = zip(attention_mask.runs, *tokens, strict=True)
+    attended = [_attend_run(run, q, k, v, dropout, scaling) for run, q, k, v in runs]
+    return torch.cat(attended).view(batch, length, heads, -1), None
+
+
+def _attend_run(run: Run, q: Tensor, k: Tensor, v: Tensor, dropout: float, scaling: float) -> Tensor:
+    """Attention output [n·L, H, E] of neighbouring documents, from queries [n·L, H, E], keys and values [n·L, K, E]."""
+    groups = q.shape[1] // k.shape[1]
+    if run.length == 1 and dropout == 0.0:
+        return v.repeat_interleave(groups, dim=1)
+    is_plain = run.window is None and dropout == 0.0 and run.length <= LONGEST_MATMUL
+    if is_plain and prefers_matmul_attention(q.device.type, q.dtype):
+        return _MatmulAttention.apply(q, k, v, run.count, scaling)
+    q, k, v = (states.unflatten(0, (run.count, run.length)).transpose(1, 2) for states in (q, k, v))
+    out = nn.functional.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=run.window,
+        dropout_p=dropout,
+        is_causal=run.window is None,
+        scale=scaling,
+        enable_gqa=groups > 1,
+    )
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+class _MatmulAttention(torch.autograd.Function):
+    """Causal attention of n documents as matrix products.
+
+    A block of queries is multiplied with the keys up to its own end, so half of the square is never made. The G heads
+    that share keys stand one below the other in one product, so keys are not repeated and their gradients add up.
+    Documents are filled up to P positions, a multiple of 32, because a product of a new shape takes as long to prepare
+    as a small one to compute; what is filled in lies in the future of every token and is seen by none.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, count: int, scaling: float) -> Tensor:
+        queries, keys, values = (_stack(states, count, k.shape[1]) for states in (q, k, v))
+        keys, values, out, kept = keys[:, 0], values[:, 0], [], []
+        for start, end in _blocks(queries):
+            block, future = queries[:, :, start:end].flatten(1, 2), _future(start, end, queries)
+            scores = torch.baddbmm(future, block, keys[:, :end].transpose(1, 2), alpha=scaling)
+            kept.append(torch.softmax(scores, dim=-1))
+            out.append(torch.bmm(kept[-1], values[:, :end]).unflatten(1, (-1, end - start)))
+        ctx.save_for_backward(queries, keys, values, *kept)
+        ctx.count, ctx.scaling, ctx.length = count, scaling, len(q) // count
+        return _unstack(torch.cat(out, dim=2), count, ctx.length)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        queries, keys, values, *kept = ctx.saved_tensors
+        grad = _stack(grad, ctx.count, len(keys) // ctx.count)
+        grad_q, grad_k, grad_v = [], torch.zeros_like(keys), torch.zeros_like(values)
+        for (start, end), probabilities in zip(_blocks(queries), kept, strict=True):
+            block, grad_block = (states[:, :, start:end].flatten(1, 2) for states in (queries, grad))
+            grad_v[:, :end].baddbmm_(probabilities.transpose(1, 2), grad_block)
+            grad_p = torch.bmm(grad_block, values[:, :end].transpose(1, 2))
+            grad_scores = torch._softmax_backward_data(grad_p, probabilities, -1, grad_p.dtype)
+            grad_block_q = torch.baddbmm(block, grad_scores, keys[:, :end], beta=0, alpha=ctx.scaling)
+            grad_q.append(grad_block_q.unflatten(1, (-1, end - start)))
+            grad_k[:, :end].baddbmm_(grad_scores.transpose(1, 2), block, alpha=ctx.scaling)
+        grads = torch.cat(grad_q, dim=2), grad_k[:, None], grad_v[:, None]
+        return *(_unstack(states, ctx.count, ctx.length) for states in grads), None, None
+
+
+def _stack(states: Tensor, count: int, key_heads: int) -> Tensor:
+    """Tokens [n·L, H, E] by document and the keys their heads share, filled up: [n·K, G, P, E]."""
+    by_head = states.unflatten(0, (count, -1)).unflatten(2, (key_heads, -1)).permute(0, 2, 3, 1, 4)
+    length = by_head.shape[3]
+    stacked = states.new_zeros(*by_head.shape[:3], -(-length // 32) * 32, states.shape[-1])
+    stacked[..., :length, :] = by_head
+    return stacked.flatten(0, 1)
+
+
+def _unstack(stacked: Tensor, count: int, length: int) -> Tensor:
+    """Undoes `_stack`: [n·K, G, P, E] → [n·L, H, E]."""
+    by_head = stacked.unflatten(0, (count, -1))[..., :length, :]
+    return by_head.permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
+
+
+def _blocks(queries: Tensor) -> list[tuple[int, int]]:
+    """First and last position, exclusive, of each block of queries [n·K, G, P, E]."""
+    size = queries.shape[2]
+    return [(start, min(start + BLOCK, size)) for start in range(0, size, BLOCK)]
+
+
+def _future(start: int, end: int, queries: Tensor) -> Tensor:
+    """What is added to the scores of a block's queries [G·(end - start), end]: -inf for keys behind the query."""
+    hidden = torch.full((end - start, end), float("-inf"), dtype=queries.dtype, device=queries.device)
+    return hidden.triu_(start + 1).repeat(queries.shape[1], 1)

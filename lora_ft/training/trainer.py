@@ -1,0 +1,272 @@
+"""SFTTrainer on rows that are already tokens and labels: fast, exact over any split of a batch, and silent.
+
+Shapes: B rows, S positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_callback import PrinterCallback
+from transformers.utils.generic import is_flash_attention_requested
+from trl import SFTConfig, SFTTrainer
+
+from lora_ft.data.collate import Collator
+from lora_ft.errors import Fault, UserError, raise_faults
+from lora_ft.recipe import check_buildable
+from lora_ft.training.attention import document_attention, keeps_documents_apart
+from lora_ft.training.lora_linear import fused_lora
+from lora_ft.training.loss import TokenScores, add_scoring
+from lora_ft.training.meter import TokenMeter, sum_rows
+from lora_ft.training.progress import LogFile, Progress
+from lora_ft.training.rows import RowJoiner, find_tokens
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+
+class LoraTrainer(SFTTrainer):
+    """`trl.SFTTrainer` with a loss of its own: only supervised tokens meet the head, documents attend apart, and every
+    figure is a mean over tokens. Unlike its parent it leaves the adapter of a quantised base in float32, writes no
+    model card into every checkpoint, and reports no run to its makers.
+
+    `with_entropy` logs the entropy of the predictions too, for one more pass over the logits.
+
+    Raises:
+        UserError: an argument that needs the logits of every position.
+    """
+
+    loss_is_scaled_for_ga = True  # divided by the tokens of the whole step, not once more by its micro-batches
+
+    def __init__(self, *args: Any, loraplus_ratio: float | None = None, with_entropy: bool = False, **kwargs: Any):
+        model: PeftModel = kwargs["model"]
+        raise_faults(_need_all_logits(kwargs["args"]))
+        self._loraplus_ratio, self._with_entropy = loraplus_ratio, with_entropy
+        self._meters = {True: TokenMeter(), False: TokenMeter()}
+        trained = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+        with _hidden_head(model):
+            super().__init__(*args, **kwargs)
+        for name, parameter in model.named_parameters():
+            if name in trained:  # trl#7268: at a learning rate of 1e-5, bfloat16 rounds 98% of the updates away
+                parameter.data = trained[name]
+        self.model_accepts_loss_kwargs = True  # so that the tokens of a whole step are counted for `compute_loss`
+        self.data_collator: Any = self.data_collator
+        self._new_tokens: torch.Tensor | int = 0
+        self._num_parameters: int | None = None
+        add_scoring(model)
+        self._join_rows(model.get_base_model())
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains; the model attends by document and takes the short way through LoRA layers only meanwhile."""
+        sharded = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()  # then only a layer's own call gathers weights
+        short_way = nullcontext() if sharded else fused_lora(self.model)
+        with document_attention(self.model.get_base_model()), short_way:
+            return super().train(*args, **kwargs)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The losses of tokens, summed, over the number of supervised tokens of the whole step on all ranks.
+
+        A mean of the micro-batches' means gives a token more weight the fewer stand beside it (transformers#34191).
+        """
+        scores = model(**inputs, score=True, with_entropy=self._with_entropy)
+        losses, whole_step = scores.loss, num_items_in_batch is not None
+        if self.args.loss_type == "dft":
+            losses = losses * torch.exp(-losses.detach())  # Wu et al. 2025, "On the Generalization of SFT", equation 9
+        num_tokens = torch.as_tensor(num_items_in_batch if whole_step else losses.numel(), device=losses.device)
+        loss = losses.sum() / num_tokens.clamp(min=1)
+        if whole_step and self.args.average_tokens_across_devices:
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())  # ranks' gradients are averaged
+        if scores.aux_loss is not None:
+            steps = self.current_gradient_accumulation_steps if whole_step else 1
+            loss = loss + self.router_aux_loss_coef * scores.aux_loss / steps
+        self._measure(scores, inputs)
+        if not return_outputs:
+            return loss
+        with torch.no_grad():
+            return loss, model(**{name: value for name, value in inputs.items() if name != "labels"})
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """Figures over a data set, each a mean over its supervised tokens, whatever the batch size and the ranks."""
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        figures = self._meters[False].read()
+        figures.pop("num_tokens", None)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
+        return output
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Validation batches; on several ranks never joined, so that rows repeated to fill the last one can be told."""
+        joined = self.data_collator
+        if isinstance(joined, RowJoiner) and self.accelerator.num_processes > 1:
+            self.data_collator = Collator(joined.pad_token_id)
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = joined
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """One logged step, with figures over all tokens of all ranks since the last one."""
+        if "loss" in logs:
+            figures = self._meters[True].read(self.accelerator.reduce)
+            logs.update({name: value for name, value in figures.items() if name != "loss"})
+            logs["num_tokens"] = self._count_tokens()
+        super(SFTTrainer, self).log(logs, start_time)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Six operations a parameter and token; the parent counts the parameters anew at every batch."""
+        if self._num_parameters is None:
+            self._num_parameters = self.model.num_parameters(exclude_embeddings=True)
+        return 6 * self._num_parameters * inputs["input_ids"].numel()
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self._count_tokens()  # the state that is saved knows them, and a resumed run counts on
+        super()._save_checkpoint(model, trial)
+
+    def _join_rows(self, model: Any) -> None:
+        """Batches of rows one after the other without padding, where the model can attend to each apart."""
+        if keeps_documents_apart(model):
+            fast = model.config._attn_implementation == "sdpa" or is_flash_attention_requested(model.config)
+            if fast and isinstance(self.data_collator, Collator):
+                self.data_collator = RowJoiner(self.data_collator.pad_token_id)
+        elif "seq_lengths" in (self.train_dataset.column_names or ()):
+            rule = "This architecture carries something along the row, and documents would see each other."
+            raise UserError("data.packing", True, rule, "Write packing: false.")
+
+    def _measure(self, scores: TokenScores, inputs: dict[str, Any]) -> None:
+        training, rows = self.model.training, sum_rows(scores, len(inputs["input_ids"]))
+        if training:
+            tokens = find_tokens(inputs)
+            assert tokens is not None, "the collator says where tokens stand"
+            self._new_tokens = self._new_tokens + tokens.sum()
+        else:
+            rows = self.accelerator.gather_for_metrics(rows)  # leaves out rows repeated to fill the last batch
+        self._meters[training].add(rows, scores.aux_loss)
+
+    def _count_tokens(self) -> int:
+        """Tokens trained on so far, on all ranks and before a resume too; kept in the state of the trainer."""
+        if self.args.include_num_input_tokens_seen == "no":  # else the parent counts them
+            tokens = self.accelerator.reduce(torch.as_tensor(self._new_tokens, device=self.args.device))
+            self.state.num_input_tokens_seen += int(tokens) // self.get_tp_size()
+            self._new_tokens = 0
+        return self.state.num_input_tokens_seen
+
+    def _send_telemetry(self) -> None:
+        """Nothing is sent."""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The card is written once, beside the adapter, by `export.card`."""
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The optimizer of the arguments; with LoRA+, the same one with the learning rate of every B multiplied.
+
+        Source: Hayou et al. 2024, "LoRA+: Efficient Low Rank Adaptation of Large Models".
+        """
+        if getattr(self, "optimizer", None) is None and self._loraplus_ratio is not None:
+            from peft.optimizers import create_loraplus_optimizer
+
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args)
+            self.optimizer = create_loraplus_optimizer(
+                model=self.model,
+                optimizer_cls=kind,
+                lr=options.pop("lr"),
+                loraplus_lr_ratio=self._loraplus_ratio,
+                loraplus_weight_decay=self.args.weight_decay,
+                **options,
+            )
+        return super().create_optimizer(model)
+
+
+@contextmanager
+def _hidden_head(model: PeftModel) -> Iterator[None]:
+    """Hides the head from the parent's constructor, which refuses adapters on it: its own loss would not train them."""
+    model.get_output_embeddings = lambda: None
+    try:
+        yield
+    finally:
+        del model.get_output_embeddings
+
+
+def _need_all_logits(arguments: SFTConfig) -> Iterator[Fault]:
+    """Settings whose loss is made of the logits of every position."""
+    if arguments.label_smoothing_factor > 0:
+        rule = "Label smoothing needs the logits of every position, which are never held at once."
+        yield Fault("training.label_smoothing_factor", arguments.label_smoothing_factor, rule, "Leave it out.")
+
+
+def build_arguments(training: dict[str, Any], output_dir: Path) -> SFTConfig:
+    """The `SFTConfig` of a recipe's `training` section, with what other sections own filled in.
+
+    Under a launcher this also reads its DeepSpeed or FSDP settings, so it comes before the base is loaded.
+
+    Raises:
+        UserError: TRL refuses the values.
+    """
+    owned = {
+        "output_dir": str(output_dir),
+        "max_length": None,  # rows come truncated
+        "dataset_kwargs": {"skip_prepare_dataset": True},  # and tokenised
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": True,  # `Progress` draws the bar
+    }
+    return check_buildable("training", SFTConfig, {**training, **owned}, "recipe")
+
+
+def build_trainer(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train_rows: Dataset,
+    validation_rows: Dataset | None,
+    arguments: SFTConfig,
+    *,
+    loraplus_ratio: float | None = None,
+    quiet: bool = False,
+) -> LoraTrainer:
+    """A trainer over tokenised rows (`input_ids`, `labels`), which validates on the others, if there are any.
+
+    Raises:
+        UserError: nothing to train on, or TRL refuses the combination.
+    """
+    if len(train_rows) == 0:
+        raise UserError("data.sources", None, "No row is left for training.", "Lower data.split, or add rows.")
+    options = {
+        "model": model,
+        "args": arguments,
+        "train_dataset": train_rows,
+        "eval_dataset": validation_rows if validation_rows is not None and len(validation_rows) else None,
+        "processing_class": tokenizer,
+        "data_collator": Collator(tokenizer.pad_token_id),
+        "callbacks": [LogFile(Path(arguments.output_dir) / "log.jsonl"), *([] if quiet else [Progress()])],
+        "loraplus_ratio": loraplus_ratio,
+    }
+    try:
+        trainer = LoraTrainer(**options)
+    except (ValueError, ImportError, TypeError) as fault:
+        rule = f"TRL refuses this combination: {str(fault).strip()}"
+        raise UserError("training", None, rule, "Change the setting it names.") from fault
+    trainer.remove_callback(PrinterCallback)  # a Python dict on stdout at every logged step
+    return trainer
+
+
+def train_model(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, output_dir: str | Path, **training: Any
+) -> LoraTrainer:
+    """Trains a model with an adapter on tokenised rows, from a notebook; the trainer comes back, trained.
+
+    `training` are fields of `trl.SFTConfig`, as in a recipe; `rows` come from `prepare_dataset`.
+
+    Raises:
+        UserError: TRL refuses the values, or there is nothing to train.
+    """
+    arguments = build_arguments({"report_to": "none", "save_strategy": "no", **training}, Path(output_dir))
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    trainer = build_trainer(model, tokenizer, rows, None, arguments)
+    trainer.train()
+    return trainer

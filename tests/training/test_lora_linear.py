@@ -1,0 +1,103 @@
+"""The short way through a LoRA layer against PEFT's own."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lora_ft.model.adapter import attach_adapter
+from lora_ft.model.load import find_base, load_base
+from lora_ft.sections import ModelSection
+from lora_ft.training import lora_linear
+from lora_ft.training.lora_linear import fused_lora
+
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False}
+IDS = torch.arange(3, 27).view(2, 12)
+
+
+def load(tiny_base, dtype="float32", quantization=None, **lora):
+    section = ModelSection(base=str(tiny_base), dtype=dtype, attn_implementation="sdpa")
+    if quantization:
+        quantization = {**quantization, "bnb_4bit_compute_dtype": dtype}
+    return attach_adapter(load_base(find_base(section.base), section, quantization), {**LORA, **lora}).train()
+
+
+def run(model, autocast=False):
+    model.zero_grad()
+    torch.manual_seed(5)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def compare(model, tolerance, autocast=False):
+    loss, gradients = run(model, autocast)
+    with fused_lora(model) as count:
+        ours, our_gradients = run(model, autocast)
+    assert run(model, autocast)[0] == loss  # PEFT's forward is back
+    assert ours == pytest.approx(loss, rel=tolerance)
+    assert all(gradient.dtype == torch.float32 and gradient.any() for gradient in our_gradients.values())
+    whole, our_whole = (torch.cat([each[name].flatten() for name in gradients]) for each in (gradients, our_gradients))
+    assert (our_whole - whole).norm() <= 10 * tolerance * whole.norm()
+    return count
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("quantization", [None, NF4], ids=["plain", "nf4"])
+@pytest.mark.parametrize("lora", [{}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 2}}], ids=str)
+def test_equal_to_peft(tiny_base, monkeypatch, quantization, dtype, keep, lora):
+    monkeypatch.setattr(lora_linear, "can_keep_unpacked", lambda num_bytes: keep)
+    model = load(tiny_base, dtype, quantization, **lora)
+    exact = dtype == "float32"
+    assert compare(model, 1e-6 if exact else 5e-3, autocast=not exact) == 14  # seven matrices in each of two layers
+
+
+def test_dropout_is_the_same_for_the_same_seed(tiny_base):
+    assert compare(load(tiny_base, lora_dropout=0.3), 1e-6) == 14
+
+
+def test_gradient_checkpointing(tiny_base):
+    model = load(tiny_base)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert compare(model, 1e-6) == 14
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [{"use_dora": True}, {"bias": "lora_only", "lora_bias": True}, {"target_modules": ["embed_tokens"]}],
+    ids=str,
+)
+def test_other_layers_keep_the_forward_of_peft(tiny_base, lora):
+    assert compare(load(tiny_base, **lora), 1e-6) == 0
+
+
+def test_a_bias_of_the_base():
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=64, attention_bias=True, mlp_bias=True))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_()
+    assert compare(get_peft_model(model, LoraConfig(**LORA)), 1e-6) == 7
+
+
+def test_switched_off_and_merged_adapters_go_the_way_of_peft(tiny_base):
+    model = load(tiny_base).eval()
+    with torch.no_grad(), fused_lora(model):
+        tuned = model(IDS).logits
+        with model.disable_adapter():
+            base = model(IDS).logits
+        model.merge_adapter()
+        merged = model(IDS).logits
+        model.unmerge_adapter()
+    assert not torch.allclose(base, tuned, atol=1e-3)
+    assert torch.allclose(merged, tuned, atol=1e-4)
+
+
+def test_a_gpu_or_unknown_device_keeps_the_forward_of_peft(tiny_base, monkeypatch):
+    monkeypatch.setattr(lora_linear, "prefers_fused_lora", lambda device: False)
+    assert compare(load(tiny_base), 1e-6) == 0
