@@ -42,8 +42,12 @@ class BaseIdentity:
     @property
     def loadable_name(self) -> str:
         """The name stock `from_pretrained` understands: the Hub id, or the folder as an absolute path."""
-        is_hub_id = not self.name.startswith("builtin:") and not Path(self.name).expanduser().exists()
-        return self.name if is_hub_id else str(self.folder.absolute())
+        return self.name if self.revision is not None else str(self.folder.absolute())
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of its weights on disk."""
+        return sum(path.stat().st_size for path in list_weight_files(self.folder))
 
 
 def identify_base(name: str, folder: Path, revision: str | None = None) -> BaseIdentity:

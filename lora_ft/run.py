@@ -17,14 +17,16 @@ from lora_ft.data.prepare import Splits, build_splits
 from lora_ft.errors import RunFailed
 from lora_ft.evaluation.metrics import check_metrics
 from lora_ft.fingerprint import BaseIdentity, hash_tensors
+from lora_ft.model.adapter import attach_adapter, count_trainable
 from lora_ft.model.load import find_base, load_base, load_tokenizer
 from lora_ft.model.machine import choose_settings, probe_machine, settle_validation
 from lora_ft.recipe import LORAPLUS, load_recipe
 from lora_ft.sections import Recipe
 from lora_ft.training.checkpoint import check_run_folder, check_space, claim_run_folder, write_manifest
-from lora_ft.training.distributed import Launch, check_launch, read_launch
+from lora_ft.training.distributed import Launch, check_launch, read_launch, settle_launch
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
     from lora_ft.training.trainer import LoraTrainer
@@ -62,21 +64,49 @@ def run_recipe(recipe: Recipe, *, fresh: bool = False, quiet: bool = False) -> R
         UserError: something the user must change; raised before training, and before anything is written.
         RunFailed: the run broke a promise, for instance the saved adapter does not reproduce the trained one.
     """
-    silence_telemetry()
+    quiet_libraries()
     launch = read_launch()
-    check_metrics(recipe.evaluation.metrics)
-    machine = probe_machine()
-    if machine.device == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where it is installed, prints a warning
-    recipe = choose_settings(recipe, machine)
-    check_launch(launch, recipe)
+    recipe = settle_recipe(recipe, launch)
     base = find_base(recipe.model.base, recipe.model.revision, recipe.model.trust_remote_code)
     tokenizer = load_tokenizer(base, recipe.model, recipe.data.chat_template)
     splits = build_splits(recipe.data, tokenizer)
     recipe = settle_validation(recipe, len(splits.validation))
     run = check_run_folder(recipe, base.fingerprint, splits.fingerprint, fresh)
 
-    from lora_ft.model.adapter import attach_adapter, count_trainable
+    trainer = prepare_trainer(recipe, base, tokenizer, splits, quiet)
+    check_space(run, recipe, count_trainable(trainer.model), base.num_bytes)
+    manifest = describe_run(recipe, base, splits, launch) | {"trainable_parameters": count_trainable(trainer.model)}
+    if launch.rank == 0:
+        claim_run_folder(run, recipe, manifest, fresh)
+    trainer.accelerator.wait_for_everyone()
+    outcome = trainer.train(resume_from_checkpoint=str(run.resume_from) if run.resume_from else None)
+
+    adapter = save_trained(trainer, tokenizer, splits, base, recipe)
+    if launch.rank != 0:
+        return None
+    manifest["training"] = outcome.metrics
+    manifest["adapter_sha256"] = hash_tensors(adapter / "adapter_model.safetensors")
+    manifest["verification"] = verify_saved(adapter)
+    manifest["evaluation"] = evaluate_trained(trainer, tokenizer, splits, recipe, launch)
+    manifest["export"] = export_run(adapter, recipe)
+    return RunResult(run.path, write_manifest(run, "finished", manifest))
+
+
+def settle_recipe(recipe: Recipe, launch: Launch) -> Recipe:
+    """The recipe with all open settings chosen for this machine and launch; what cannot work is refused here."""
+    machine = probe_machine()
+    if machine.device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where it is installed, prints a warning
+    check_metrics(recipe.evaluation.metrics)
+    recipe = settle_launch(choose_settings(recipe, machine), launch)
+    check_launch(launch, recipe)
+    return recipe
+
+
+def prepare_trainer(
+    recipe: Recipe, base: BaseIdentity, tokenizer: PreTrainedTokenizerBase, splits: Splits, quiet: bool
+) -> LoraTrainer:
+    """Base, adapter and trainer. The arguments come first: under ZeRO-3 they say how the base is read."""
     from lora_ft.training.trainer import build_arguments, build_trainer
 
     arguments = build_arguments(recipe.training, recipe.output_dir)
@@ -89,36 +119,25 @@ def run_recipe(recipe: Recipe, *, fresh: bool = False, quiet: bool = False) -> R
         adapter=recipe.model.adapter,
         base_folder=base.folder,
     )
-    check_space(run, recipe, count_trainable(model), sum(f.stat().st_size for f in base.folder.glob("*.safetensors")))
-    manifest = describe_run(recipe, base, splits, launch) | {"trainable_parameters": count_trainable(model)}
     ratio = (recipe.lora or {}).get(LORAPLUS)
-    trainer = build_trainer(
+    return build_trainer(
         model, tokenizer, splits.train, splits.validation, arguments, loraplus_ratio=ratio, quiet=quiet
     )
-    if launch.is_main:
-        claim_run_folder(run, recipe, manifest, fresh)
-    trainer.accelerator.wait_for_everyone()
-
-    started = time.perf_counter()
-    outcome = trainer.train(resume_from_checkpoint=str(run.resume_from) if run.resume_from else None)
-    manifest["training"] = {**outcome.metrics, "seconds": round(time.perf_counter() - started, 2)}
-
-    adapter = save_trained(trainer, tokenizer, splits, base, recipe)
-    if not launch.is_main:
-        return None
-    manifest["adapter_sha256"] = hash_tensors(adapter / "adapter_model.safetensors")
-    manifest["verification"] = verify_saved(adapter)
-    manifest["evaluation"] = evaluate_trained(trainer, tokenizer, splits, recipe, launch)
-    manifest["export"] = export_run(adapter, recipe)
-    return RunResult(run.path, write_manifest(run, "finished", manifest))
 
 
-def silence_telemetry() -> None:
-    """Turns off what libraries send to their makers, before they are imported and, if they already are, after."""
-    for name in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK", "DISABLE_TELEMETRY", "ANONYMIZED_TELEMETRY_DISABLED"):
+def quiet_libraries() -> None:
+    """Turns off what libraries send to their makers, and the bars they draw through ours.
+
+    The variables are read when a library is imported; one that already is, as in a notebook, is told by hand.
+    """
+    for name in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK", "DISABLE_TELEMETRY"):
         os.environ.setdefault(name, "1")
-    if "huggingface_hub.constants" in sys.modules:
-        sys.modules["huggingface_hub.constants"].HF_HUB_DISABLE_TELEMETRY = True  # type: ignore[attr-defined]
+
+    from huggingface_hub import constants
+    from transformers.utils import logging
+
+    constants.HF_HUB_DISABLE_TELEMETRY = True
+    logging.disable_progress_bar()
 
 
 def describe_run(recipe: Recipe, base: BaseIdentity, splits: Splits, launch: Launch) -> dict[str, Any]:
@@ -136,18 +155,32 @@ def describe_run(recipe: Recipe, base: BaseIdentity, splits: Splits, launch: Lau
 def save_trained(
     trainer: LoraTrainer, tokenizer: PreTrainedTokenizerBase, splits: Splits, base: BaseIdentity, recipe: Recipe
 ) -> Path:
-    """The folder of the adapter, written by the first rank; every rank takes part in gathering its weights."""
+    """The folder of the adapter, written by the first rank.
+
+    Every rank takes part in gathering the weights and in answering the prompts whose logits go with them.
+    """
+    from lora_ft.export.samples import record_samples
     from lora_ft.export.save import save_adapter
-    from lora_ft.training.distributed import gather_adapter
+    from lora_ft.training.gather import gather_adapter, leave_sharding
 
     folder = recipe.output_dir / "adapter"
+    model = bare_model(trainer)
+    held_out = next(rows for rows in (splits.test, splits.validation, splits.train) if len(rows))
+    prompts = [row["input_ids"][:SAMPLE_TOKENS] for row in held_out.select(range(min(NUM_SAMPLES, len(held_out))))]
+    recorded = record_samples(model, prompts)
     state_dict = gather_adapter(trainer)
     if trainer.is_world_process_zero():
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        held_out = next(rows for rows in (splits.test, splits.validation, splits.train) if len(rows))
-        prompts = [row["input_ids"][:SAMPLE_TOKENS] for row in held_out.select(range(min(NUM_SAMPLES, len(held_out))))]
-        save_adapter(model, tokenizer, folder, base=base, state_dict=state_dict, samples=prompts)
+        save_adapter(model, tokenizer, folder, base=base, state_dict=state_dict, recorded=recorded)
+    leave_sharding()
     return folder
+
+
+def bare_model(trainer: LoraTrainer) -> PeftModel:
+    """The trained model without what the trainer wrapped around it, mixed precision included.
+
+    Autocast would round the adapter's products to 16 bit; a reload, which has none, would differ in the third digit.
+    """
+    return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
 
 
 def verify_saved(adapter: Path) -> dict[str, Any]:
@@ -184,9 +217,8 @@ def evaluate_trained(
     if launch.world_size > 1:
         return evaluate_in_new_process(recipe.output_dir)
     started = time.perf_counter()
-    compared = compare_models(
-        trainer.model, tokenizer, splits.test, splits.examples("test"), recipe.data, recipe.evaluation
-    )
+    model = bare_model(trainer)
+    compared = compare_models(model, tokenizer, splits.test, splits.examples("test"), recipe.data, recipe.evaluation)
     return write_report(compared, recipe.output_dir, time.perf_counter() - started)
 
 
@@ -198,9 +230,8 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
     """
     from lora_ft.evaluation.compare import compare_models
     from lora_ft.evaluation.report import write_report
-    from lora_ft.model.adapter import attach_adapter
 
-    silence_telemetry()
+    quiet_libraries()
     recipe = load_recipe(folder / "recipe.yaml")
     base = find_base(recipe.model.base, recipe.model.revision, recipe.model.trust_remote_code)
     tokenizer = load_tokenizer(base, recipe.model, recipe.data.chat_template)

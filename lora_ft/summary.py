@@ -25,7 +25,7 @@ def print_summary(result: RunResult) -> None:
     training = manifest["training"]
     console.print(
         f"\n[bold]trained[/] {manifest['trainable_parameters']:,} parameters on {manifest['base']['name']}"
-        f" in {training['seconds']:.0f} s, mean loss {training['train_loss']:.3f}"
+        f" in {training['train_runtime']:.0f} s, mean loss {training['train_loss']:.3f}"
     )
     console.print(f"[bold]verified[/] {_last_detail(manifest['verification'])}")
     if manifest["evaluation"]:
