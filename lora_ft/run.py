@@ -23,7 +23,7 @@ from lora_ft.model.machine import choose_settings, probe_machine, settle_validat
 from lora_ft.recipe import LORAPLUS, load_recipe
 from lora_ft.sections import Recipe
 from lora_ft.training.checkpoint import check_run_folder, check_space, claim_run_folder, write_manifest
-from lora_ft.training.distributed import Launch, check_launch, read_launch, settle_launch
+from lora_ft.training.distributed import Launch, check_launch, end_sharding, read_launch, settle_launch
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -161,7 +161,7 @@ def save_trained(
     """
     from lora_ft.export.samples import record_samples
     from lora_ft.export.save import save_adapter
-    from lora_ft.training.gather import gather_adapter, leave_sharding
+    from lora_ft.training.gather import gather_adapter
 
     folder = recipe.output_dir / "adapter"
     model = bare_model(trainer)
@@ -171,7 +171,7 @@ def save_trained(
     state_dict = gather_adapter(trainer)
     if trainer.is_world_process_zero():
         save_adapter(model, tokenizer, folder, base=base, state_dict=state_dict, recorded=recorded)
-    leave_sharding()
+    end_sharding()
     return folder
 
 

@@ -23,11 +23,3 @@ def gather_adapter(trainer: Any) -> dict[str, Tensor] | None:
     if any(hasattr(parameter, "full_tensor") for parameter in trained.values()):  # FSDP2's DTensor
         return {name: parameter.full_tensor().detach().to("cpu", copy=True) for name, parameter in trained.items()}
     return None
-
-
-def leave_sharding() -> None:
-    """From here on, models are built whole in this process: under ZeRO-3 transformers would shard each new one over
-    ranks that have gone their ways by now."""
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-    unset_hf_deepspeed_config()

@@ -19,6 +19,7 @@ from lora_ft.training.distributed import (
     FsdpSettings,
     Launch,
     check_launch,
+    end_sharding,
     read_launch,
     settle_launch,
 )
@@ -279,3 +280,15 @@ def test_all_faults_come_together():
         "accelerate config  fsdp_config.fsdp_state_dict_type",
         "quantization.bnb_4bit_quant_storage",
     ]
+
+
+def test_models_are_built_whole_again_after_training():
+    """Otherwise the first rank waits for the others when it opens the base to verify or to merge."""
+    pytest.importorskip("deepspeed")
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
+
+    alive = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
+    assert is_deepspeed_zero3_enabled()
+    end_sharding()
+    assert not is_deepspeed_zero3_enabled()
+    assert alive.is_zero3()
