@@ -1,0 +1,161 @@
+"""From sources to tokens on disk: read, deal, render, fit, pack, count.
+
+    sources ─► Examples (Arrow) ─► a split for every row ─► tokens and labels (Arrow) ─► packed rows (Arrow)
+
+Only some thirty bytes a row stay in memory, whatever the size of the data.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lora_ft.data.audit import AuditReport, audit_splits
+from lora_ft.data.cache import build_once, find_cache, fingerprint_data
+from lora_ft.data.check import check_section
+from lora_ft.data.ingest import FaultList, Ingested, write_examples
+from lora_ft.data.render import Renderer
+from lora_ft.data.report import DataReport, SplitReport
+from lora_ft.data.sources import Source, find_source
+from lora_ft.data.split import LEFT_OUT_BALANCE, LEFT_OUT_WEIGHT, SPLITS, TRAIN, deal_rows, repeat_rows
+from lora_ft.data.splits import EXAMPLES, INDEX, REPORT, Splits, load_splits
+from lora_ft.data.store import ExampleFile, StoredExamples
+from lora_ft.data.tasks import Task, build_task
+from lora_ft.data.tokens import pack_file, seldom_collected, write_documents
+from lora_ft.errors import UserError
+from lora_ft.fingerprint import hash_json
+from lora_ft.sections import DataSection, SourceSection
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+
+def build_splits(section: DataSection, tokenizer: PreTrainedTokenizerBase, base_folder: Path | None = None) -> Splits:
+    """The data of a recipe, tokenised; taken from the cache where the same was prepared before.
+
+    `base_folder` is what relative paths of sources are relative to.
+
+    Raises:
+        UserError: sources that are missing, rows that fit no format, nothing left to train on …; under `strict`
+            everything that the audit warns of.
+    """
+    check_section(section)
+    sources = [find_source(source, base_folder) for source in section.sources]
+    splits = build_from(sources, section, tokenizer)
+    if section.strict:
+        audit_splits(splits, section, tokenizer).refuse_warnings()
+    return splits
+
+
+def check_data(
+    section: DataSection, tokenizer: PreTrainedTokenizerBase, base_folder: Path | None = None
+) -> AuditReport:
+    """The audit of a recipe's data, which is prepared on the way; warnings are reported, whatever `strict` says."""
+    splits = build_splits(replace(section, strict=False), tokenizer, base_folder)
+    return audit_splits(splits, section, tokenizer)
+
+
+def prepare_dataset(
+    rows: Iterable[Any], tokenizer: PreTrainedTokenizerBase, format: str = "auto", **options: Any
+) -> Dataset:
+    """A user's own rows, tokenised and labelled: columns input_ids and labels (and seq_lengths with packing=True).
+
+    `rows` are mappings: a list, a `datasets.Dataset`, streamed or not, any iterable. `format` is a name in `FORMATS`;
+    `options` are fields of `DataSection` (max_length, train_on, truncation, packing, on_bad_row …).
+
+        rows = prepare_dataset(load_dataset("json", data_files="mine.jsonl", split="train"), tokenizer, max_length=512)
+    """
+    source = SourceSection("rows", format=format, split="train")
+    section = DataSection(sources=(source,), **options)
+    check_section(section)
+    lasting = list(rows) if isinstance(rows, Iterator) else rows  # they are gone through twice: hashed, and read
+    return build_from([Source(source, rows=lasting)], section, tokenizer).train
+
+
+def build_from(sources: Sequence[Source], section: DataSection, tokenizer: PreTrainedTokenizerBase) -> Splits:
+    """The splits of sources that were found."""
+    fingerprint = fingerprint_data(sources, section, tokenizer)
+    places = [str(path) for source in sources for path in source.files]
+    folder = find_cache(section) / hash_json([fingerprint, places])[:32]
+    with seldom_collected():
+        build_once(folder, lambda draft: prepare_folder(draft, sources, section, tokenizer))
+    return load_splits(folder, fingerprint)
+
+
+def prepare_folder(
+    folder: Path, sources: Sequence[Source], section: DataSection, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Everything about the data, written to `folder`."""
+    renderer = Renderer(tokenizer, section)
+    faults = FaultList(section)
+    ingested = write_examples(folder / EXAMPLES, sources, section, renderer.is_chat, faults)
+    faults.raise_refused()
+    num_skipped = faults.count
+    weights = np.array([source.section.weight for source in sources])
+    dealt = deal_rows(ingested.index, weights, section.split, section.balance)
+    np.savez(folder / INDEX, dealt=dealt, **vars(ingested.index))
+    stored = ExampleFile(folder / EXAMPLES, mapped=False)
+    task = build_task(section, tokenizer, renderer, ingested.labels)
+    reports = {}
+    for number, name in enumerate(SPLITS):
+        rows = np.flatnonzero(dealt == number)
+        if number == TRAIN:
+            seed = np.random.default_rng(section.split.seed)
+            rows = repeat_rows(rows, weights[ingested.index.sources[rows]], seed)
+        reports[name], kept = write_split(folder, name, StoredExamples(stored, rows), task, section, faults)
+        np.save(folder / f"{name}.npy", rows[kept])
+    faults.raise_refused()
+    report = count_rows(dealt, num_skipped, ingested, reports, faults)
+    refuse_empty(report)
+    (folder / REPORT).write_text(json.dumps(report.to_json()), encoding="utf-8")
+
+
+def write_split(
+    folder: Path, name: str, examples: StoredExamples, task: Task, section: DataSection, faults: FaultList
+) -> tuple[SplitReport, np.ndarray]:
+    """One split's documents in `NAME.arrow`, packed where the recipe says so; the test split never is."""
+    if not section.packing or name == "test":
+        return write_documents(folder / f"{name}.arrow", examples, task, faults)
+    unpacked = folder / f"{name}.unpacked.arrow"
+    report, kept = write_documents(unpacked, examples, task, faults)
+    num_packed, share = pack_file(unpacked, folder / f"{name}.arrow", section.max_length)
+    unpacked.unlink()
+    return replace(report, num_packed_rows=num_packed, packed_share=share), kept
+
+
+def count_rows(
+    dealt: np.ndarray, num_skipped: int, ingested: Ingested, splits: dict[str, SplitReport], faults: FaultList
+) -> DataReport:
+    """Where every row went."""
+    return DataReport(
+        num_read=len(dealt) + num_skipped,
+        num_kept=int((dealt >= 0).sum()),
+        num_skipped=num_skipped,
+        num_left_out_weight=int((dealt == LEFT_OUT_WEIGHT).sum()),
+        num_left_out_balance=int((dealt == LEFT_OUT_BALANCE).sum()),
+        splits=splits,
+        redacted=dict(ingested.redacted),
+        labels=ingested.labels,
+        faults=tuple(str(fault) for fault in faults.first),
+    )
+
+
+def refuse_empty(report: DataReport) -> None:
+    """Nothing when there is something to train on."""
+    train = report.splits["train"]
+    if train.num_documents:
+        return
+    if not report.num_read:
+        raise UserError("data.sources", "no rows", "The sources hold no row.", "Check the files.")
+    lost = [
+        f"{count} {name[4:].replace('_', ' ')}" for name, count in vars(train).items() if "dropped" in name and count
+    ]
+    found = f"{train.num_rows} rows dealt to train{''.join(', ' + part for part in lost)}"
+    fix = "Raise data.max_length, choose another data.truncation or data.train_on, or give more rows."
+    raise UserError("data", found, "No row is left that teaches anything.", fix)

@@ -1,0 +1,113 @@
+"""Where rows come from: files, folders, globs, built-in data and data sets of the Hub, as one stream of Examples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from glob import glob, has_magic
+from pathlib import Path
+from typing import Any
+
+from lora_ft.builtin import is_builtin, locate_data
+from lora_ft.data.example import Example
+from lora_ft.data.files import Row, Rows, drop_fillers
+from lora_ft.data.formats import convert_row, find_format
+from lora_ft.data.readers import read_file, split_suffixes
+from lora_ft.errors import Fault, UserError
+from lora_ft.fingerprint import hash_file, hash_json
+from lora_ft.sections import SourceSection
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source whose files were found; what a Hub data set holds is known only when it is read."""
+
+    section: SourceSection
+    """The recipe's lines about it."""
+    files: tuple[Path, ...] = ()
+    """Its files, in order; empty for a data set of the Hub and for rows in memory."""
+    rows: Iterable[Any] | None = None
+    """Its rows, where they are no file: mappings, which can be gone through more than once."""
+
+    def read(self) -> Iterator[Rows]:
+        """The rows of each of its files, with the columns named as the format wants them."""
+        if self.files:
+            parts: Iterable[Rows] = (read_file(path) for path in self.files)
+        else:
+            parts = [number_rows(load_hub(self.section) if self.rows is None else self.rows, self.section.path)]
+        for rows in parts:
+            yield (rename_columns(row, self.section.columns) for row in rows) if self.section.columns else rows
+
+    def fingerprint(self) -> list[str]:
+        """Hashes of what would be read."""
+        if self.files:
+            return [hash_file(path) for path in self.files]
+        rows = load_hub(self.section) if self.rows is None else self.rows
+        known = getattr(rows, "_fingerprint", None)  # datasets' own hash of how the rows came about
+        return [known] if known else [hash_json(row) for row in rows]
+
+
+def find_source(section: SourceSection, base_folder: Path | None = None) -> Source:
+    """The source with its files.
+
+    Raises:
+        UserError: there is no such file, or none of a kind that is read.
+    """
+    path = Path(section.path)
+    if is_builtin(section.path):
+        path = locate_data(section.path)
+    elif base_folder is not None:
+        path = base_folder / path
+    if has_magic(str(path)) and not path.exists():
+        files = [Path(name) for name in sorted(glob(str(path), recursive=True)) if Path(name).is_file()]
+    elif path.is_dir():
+        files = [file for file in sorted(path.rglob("*")) if split_suffixes(file)[0] and file.is_file()]
+    elif path.is_file() or not _may_be_hub_id(section.path):
+        files = [path]
+    else:
+        return Source(section)
+    if not files or not files[0].exists():
+        rule = "No file of a known kind lies there." if path.is_dir() else "There is no such file."
+        raise UserError("data.sources", section.path, rule, "Correct data.sources[].path.")
+    return Source(section, tuple(files))
+
+
+def _may_be_hub_id(path: str) -> bool:
+    """Whether a path could name a data set of the Hub: `NAME` or `ORG/NAME`, and nothing like a file."""
+    return path.count("/") <= 1 and not path.startswith((".", "/", "~")) and split_suffixes(Path(path))[0] is None
+
+
+def rename_columns(row: Row | Fault, columns: Mapping[str, str]) -> Row | Fault:
+    """The row with the columns that `columns` (field of the format → column of the file) names; others stay."""
+    if isinstance(row, Fault) or not isinstance(row.fields, dict):
+        return row
+    mapped = {name: value for name, value in row.fields.items() if name not in columns.values()}
+    return Row(row.place, {**mapped, **{field: row.fields[c] for field, c in columns.items() if c in row.fields}})
+
+
+def load_hub(section: SourceSection) -> Any:
+    """A data set of the Hub."""
+    import datasets
+
+    try:
+        return datasets.load_dataset(section.path, section.name, split=section.hub_split)
+    except Exception as error:  # whatever the Hub's client, its file formats or the network raise
+        rule = f"It is no file here, and as a data set of the Hub it cannot be read: {error}."
+        raise UserError("data.sources", section.path, rule, "Correct data.sources[].path, name or hub_split.") from None
+
+
+def number_rows(rows: Iterable[Any], name: str) -> Rows:
+    """Rows that are not in a file, with their numbers as places."""
+    is_typed = hasattr(rows, "features")  # a datasets.Dataset
+    for number, fields in enumerate(rows, 1):
+        yield Row(f"{name}:{number}", drop_fillers(fields) if is_typed else fields)
+
+
+def read_examples(source: Source, format_name: str, chat: bool) -> Iterator[Example | Fault]:
+    """An Example for every row, or what is wrong with it; with `auto`, a file's first row tells the format of all."""
+    for rows in source.read():
+        name = format_name
+        for row in rows:
+            if name == "auto" and isinstance(row, Row) and isinstance(row.fields, dict):
+                name = find_format(row.fields) or "auto"
+            yield row if isinstance(row, Fault) else convert_row(row.fields, row.place, name, chat)

@@ -1,0 +1,125 @@
+"""A tokenizer's chat template, compiled once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+from lora_ft.data.example import Message
+from lora_ft.data.fields import BadRow, shorten
+from lora_ft.errors import UserError
+from lora_ft.sections import DataSection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TEMPLATE_DATE = datetime(2024, 7, 26)
+"""The day printed by templates that print today's (Llama 3's fallback): the same rows give the same tokens tomorrow."""
+
+GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+PROBE = "lora ft probe"
+MARKING = Lock()
+"""transformers notes the marks of a rendering in the template itself, so that only one can be under way."""
+
+
+class ChatTemplate:
+    """Turns conversations into text. A conversation that the template refuses raises BadRow."""
+
+    def __init__(self, source: str, tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any]):
+        from jinja2.exceptions import TemplateError
+        from transformers.utils.chat_template_utils import _compile_jinja_template  # what apply_chat_template uses
+
+        self.source = source
+        self.has_marks = GENERATION_MARK.search(source) is not None
+        """Whether the template itself says what is learned, with `{% generation %}`."""
+        try:
+            self._compiled = _compile_jinja_template(source)
+        except TemplateError as error:
+            rule = f"The chat template is not Jinja: {error}."
+            raise UserError("data.chat_template", None, rule, "Mend it, or give another.") from None
+        self._globals = dict(self._compiled.globals)
+        self._variables = {**tokenizer.special_tokens_map, "strftime_now": TEMPLATE_DATE.strftime, **variables}
+        added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
+        self._added = any_of(added)
+        self.special = any_of(text for text, token in added.items() if token.special)
+        """Finds special tokens in text."""
+        self.terminator = self._find_terminator()
+        """What ends an answer; nearly always one token."""
+        self.stop_token = self._added.findall(self.terminator)[-1]
+        """The terminator's last token."""
+        self.terminator_takes_space = bool(added[self.stop_token].rstrip)
+        """Whether the tokenizer counts white space behind the terminator to it."""
+
+    def render(self, messages: Sequence[Message], tools: Sequence[Message] = (), prompt: bool = False) -> str:
+        """The conversation as `apply_chat_template` gives it; with `prompt`, the generation prompt at its end."""
+        return self._guard(lambda values: "".join(self._generate(values)), messages, tools, prompt)
+
+    def render_marked(
+        self, messages: Sequence[Message], tools: Sequence[Message] = (), prompt: bool = False
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The conversation, and the (start, end) of each stretch inside the template's generation marks."""
+        return self._guard(self._render_tracked, messages, tools, prompt)
+
+    def _generate(self, values: dict[str, Any]) -> Iterator[str]:
+        """What `Template.generate` gives, without copying the environment's globals for every conversation."""
+        return self._compiled.root_render_func(self._compiled.new_context({**self._globals, **values}, shared=True))
+
+    def _render_tracked(self, values: dict[str, Any]) -> tuple[str, list[tuple[int, int]]]:
+        blocks: list[str] = []
+        marks: list[tuple[int, int]] = []
+        with MARKING, self._compiled.environment.activate_tracker(blocks, marks):
+            for block in self._generate(values):
+                blocks.append(block)  # one by one: the tracker reads off them where a mark starts
+        return "".join(blocks), marks
+
+    def _find_terminator(self) -> str:
+        try:
+            text = self.render([{"role": "user", "content": PROBE}, {"role": "assistant", "content": PROBE}])
+        except BadRow as bad:
+            raise UserError("data.chat_template", bad.value, bad.rule, bad.fix) from None
+        behind = text[text.rfind(PROBE) + len(PROBE) :]
+        found = re.search(f"(?:{self._added.pattern})+", behind)
+        if found:
+            return found.group()
+        rule = "The chat template ends an answer without a token of its own, so that the model never learns to stop."
+        fix = "Write {{ eos_token }} after each answer, in a file named in data.chat_template."
+        raise UserError("data.chat_template", f"…{text[-60:]!r}", rule, fix)
+
+    def _guard(self, run: Callable, messages: Sequence[Message], tools: Sequence[Message], prompt: bool) -> Any:
+        values = {"messages": messages, "tools": list(tools) or None, "documents": None, **self._variables}
+        try:
+            return run({**values, "add_generation_prompt": prompt})
+        except Exception as error:  # a template is a program, and may fail in any way
+            rule = f"The chat template refuses the conversation: {shorten(str(error), 200)}."
+            fix = "Change the messages to what it takes, or give another template (data.chat_template)."
+            raise BadRow("messages", "roles " + ", ".join(m["role"] for m in messages), rule, fix) from None
+
+
+def any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """A pattern that finds any of the texts, the longest where several fit."""
+    longest_first = sorted(texts, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
+def load_template(tokenizer: PreTrainedTokenizerBase, section: DataSection, tools: bool = False) -> ChatTemplate | None:
+    """The chat template of the recipe, or else of the tokenizer, where some have one more for `tools`; None without."""
+    if section.chat_template is not None:
+        source = read_template(Path(section.chat_template))
+    elif tokenizer.chat_template is not None:
+        source = tokenizer.get_chat_template(tools=[{}] if tools else None)
+    else:
+        return None
+    return ChatTemplate(source, tokenizer, section.template_kwargs)
+
+
+def read_template(path: Path) -> str:
+    """The text of a Jinja file."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        rule = f"The file cannot be read: {error}."
+        raise UserError("data.chat_template", path, rule, "Name a Jinja file.") from None
