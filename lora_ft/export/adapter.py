@@ -1,0 +1,82 @@
+"""An adapter folder, opened without touching its tensors."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_ft.errors import UserError
+from lora_ft.export.manifest import AdapterManifest, read_manifest
+from lora_ft.fingerprint import read_safetensors_header
+
+if TYPE_CHECKING:
+    import torch
+    from peft import LoraConfig
+
+CONFIG_NAME = "adapter_config.json"
+TENSORS_NAME = "adapter_model.safetensors"
+KEY_PREFIX = "base_model.model."
+"""What PEFT writes before the base model's own names."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter as it lies on disk."""
+
+    folder: Path
+    """Where its files lie."""
+    config: LoraConfig
+    """adapter_config.json."""
+    shapes: dict[str, tuple[int, ...]]
+    """Shape of every tensor in adapter_model.safetensors, by its key without `base_model.model.`."""
+    manifest: AdapterManifest | None
+    """What lora_ft recorded when it saved the adapter; None for one that another tool saved."""
+    trust_remote_code: bool = False
+    """Whether Python code that lies beside its base may run."""
+
+    def read(self) -> dict[str, torch.Tensor]:
+        """All its tensors, by the keys of `shapes`."""
+        from safetensors.torch import load_file
+
+        return {key.removeprefix(KEY_PREFIX): tensor for key, tensor in load_file(self.folder / TENSORS_NAME).items()}
+
+
+def open_adapter(folder: Path, trust_remote_code: bool = False) -> Adapter:
+    """The LoRA adapter in `folder`.
+
+    Raises:
+        UserError: `folder` holds no adapter, one of another method than LoRA, or pickled weights only.
+    """
+    from peft import PeftConfig
+
+    if not (folder / CONFIG_NAME).is_file():
+        rule = f"An adapter folder holds {CONFIG_NAME} and {TENSORS_NAME}."
+        raise UserError(str(folder), None, rule, "Give the folder that was saved, such as runs/NAME/adapter.")
+    method = read_adapter_fields(folder).get("peft_type")
+    if method != "LORA":
+        raise UserError(str(folder / CONFIG_NAME), f"peft_type {method}", "Only LoRA adapters are handled.", "")
+    if not (folder / TENSORS_NAME).is_file():
+        rule = f"{TENSORS_NAME} is missing. Pickled weights (.bin) could run code and are not opened."
+        raise UserError(str(folder), None, rule, "Save the adapter again with PEFT; it writes safetensors.")
+    header, _ = read_safetensors_header(folder / TENSORS_NAME)
+    strangers = sorted(key for key in header if not key.startswith(KEY_PREFIX))
+    if strangers:
+        rule = f"Every tensor of a PEFT adapter is named `{KEY_PREFIX}…`."
+        raise UserError(str(folder / TENSORS_NAME), strangers[0], rule, "Save the adapter with PEFT's save_pretrained.")
+    shapes = {key.removeprefix(KEY_PREFIX): tuple(tensor["shape"]) for key, tensor in header.items()}
+    return Adapter(folder, PeftConfig.from_pretrained(str(folder)), shapes, read_manifest(folder), trust_remote_code)
+
+
+def read_adapter_fields(folder: Path) -> dict[str, Any]:
+    """adapter_config.json as it is written.
+
+    Raises:
+        UserError: it is not JSON.
+    """
+    path = folder / CONFIG_NAME
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(str(path), None, f"This is not JSON ({error}).", "Copy the adapter again.") from error

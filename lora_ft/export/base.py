@@ -1,0 +1,42 @@
+"""The base of an adapter: found on this machine, and proven to be the one the adapter was trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lora_ft.errors import UserError
+from lora_ft.export.adapter import Adapter
+from lora_ft.fingerprint import BaseIdentity
+from lora_ft.model.load import find_base
+
+
+def base_of_adapter(adapter: Adapter, override: str | None = None) -> BaseIdentity:
+    """The base `adapter` was trained on, or `override` in its place.
+
+    Raises:
+        UserError: the adapter names no base, it cannot be found, or it is another one than it was trained on.
+    """
+    manifest = adapter.manifest
+    name = override or recorded_base(adapter)
+    revision = manifest.revision if manifest else adapter.config.revision
+    base = find_base(name, revision if override is None else None, adapter.trust_remote_code)
+    if manifest and manifest.base_fingerprint != base.fingerprint:
+        trained_on = f"{manifest.base} (fingerprint {manifest.base_fingerprint[:12]})"
+        rule = f"The adapter was trained on {trained_on}; this is another base ({base.fingerprint[:12]})."
+        raise UserError(str(adapter.folder), name, rule, "Give the base it was trained on with --base.")
+    return base
+
+
+def recorded_base(adapter: Adapter) -> str:
+    """The base's name as recorded; for a folder, where it lay when the adapter was saved if it is still there.
+
+    Raises:
+        UserError: the adapter names none.
+    """
+    written = adapter.config.base_model_name_or_path
+    if written and Path(written).is_dir():
+        return written
+    name = adapter.manifest.base if adapter.manifest else written
+    if not name:
+        raise UserError(str(adapter.folder), None, "The adapter does not say what its base is.", "Give it with --base.")
+    return name

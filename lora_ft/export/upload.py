@@ -1,0 +1,211 @@
+"""What goes to the Hub: files on a list, with the base's public name, and no secret in any of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from lora_ft.data.privacy import RECOGNISERS
+from lora_ft.errors import Fault, UserError, raise_faults
+from lora_ft.export.adapter import CONFIG_NAME, TENSORS_NAME, Adapter, open_adapter
+from lora_ft.export.card import CardFacts, adapter_facts, add_run, merged_facts, render_card
+from lora_ft.export.manifest import MANIFEST_NAME
+from lora_ft.export.merge_report import REPORT_NAME, read_report
+from lora_ft.export.ollama import MODELFILE_NAME
+from lora_ft.export.vllm import fit_vllm
+from lora_ft.fingerprint import INDEX_NAME
+
+CARD_NAME = "README.md"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "chat_template.jinja",
+)
+BESIDE_BOTH = (CARD_NAME, "LICENSE*", "NOTICE*", "generation_config.json", *TOKENIZER_FILES)
+ADAPTER_FILES = (TENSORS_NAME, CONFIG_NAME, MANIFEST_NAME, *BESIDE_BOTH)
+MERGED_FILES = (
+    "model.safetensors",
+    "model-?????-of-?????.safetensors",
+    INDEX_NAME,
+    "config.json",
+    REPORT_NAME,
+    MODELFILE_NAME,
+    "preprocessor_config.json",
+    "processor_config.json",
+    *BESIDE_BOTH,
+)
+"""What may go; everything else in the folder stays where it is."""
+SECRET_VARIABLE = re.compile(r"TOKEN|SECRET|PASSWORD|API_?KEY|CREDENTIAL")
+"""Environment variables whose values must not be in any file."""
+SHORTEST_SECRET = 12
+"""Shorter values are too likely to be there by chance."""
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What goes to the Hub."""
+
+    files: Mapping[str, Path | bytes]
+    """Name in the repository → the file here, or its content where it is not the file's."""
+    left_out: tuple[str, ...]
+    """Files of the folder that do not go."""
+
+
+def collect_adapter(folder: Path, repository: str, base: str | None, license: str | None) -> Upload:
+    """An adapter for the Hub: its config names a base that others can load.
+
+    Raises:
+        UserError: the base lies on this machine only, and no public id was given for it.
+    """
+    adapter = open_adapter(folder)
+    manifest = adapter.manifest
+    named = manifest.base if manifest else adapter.config.base_model_name_or_path
+    from_hub = manifest.revision is not None if manifest else not Path(named or "").exists()
+    public = public_base(named, from_hub, base, str(folder))
+    config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = public
+    changed = {CONFIG_NAME: to_json(config)}
+    facts = CardFacts(title=repository, base=public, revision=config.get("revision"), is_adapter=True)
+    if manifest:
+        fields = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+        fields |= {"base": public, "files": {**fields["files"], CONFIG_NAME: hash_bytes(changed[CONFIG_NAME])}}
+        changed[MANIFEST_NAME] = to_json(fields)
+        facts = replace(adapter_facts(manifest, repository), base=public)
+    facts = replace(facts, license=license, vllm=describe_vllm(adapter, public, repository))
+    changed[CARD_NAME] = render_card(add_run(facts, folder.parent)).encode()
+    return collect(folder, ADAPTER_FILES, changed)
+
+
+def describe_vllm(adapter: Adapter, base: str, repository: str) -> tuple[str, ...]:
+    """How to serve the adapter with vLLM, or why not."""
+    fit = fit_vllm(adapter)
+    if fit.faults:
+        return (*fit.faults, "merge it first: `lora-ft merge`")
+    name = repository.rpartition("/")[2]
+    flags = f"--enable-lora --max-lora-rank {fit.max_lora_rank} --lora-modules {name}={repository}"
+    return (f"`vllm serve {base} {flags}`",)
+
+
+def collect_merged(folder: Path, repository: str, base: str | None, license: str | None) -> Upload:
+    """A merged model for the Hub.
+
+    Raises:
+        UserError: no report says what it was merged from, or its base has no public id.
+    """
+    report = read_report(folder)
+    if report is None:
+        rule = f"There is no {REPORT_NAME}, so what this model is made of is not known."
+        raise UserError(str(folder), None, rule, "Merge it with lora-ft merge.")
+    report = replace(report, base=public_base(report.base, report.revision is not None, base, str(folder)))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    is_classifier = "SequenceClassification" in config["architectures"][0]
+    handoff = "llama.cpp's converter, then the `Modelfile`" if (folder / MODELFILE_NAME).is_file() else None
+    facts = replace(merged_facts(report, repository, is_classifier, handoff), license=license)
+    changed = {
+        REPORT_NAME: to_json(report.to_json()),
+        CARD_NAME: render_card(add_run(facts, folder.parent)).encode(),
+    }
+    patterns = (*MERGED_FILES, *custom_code(config))
+    return collect(folder, patterns, changed)
+
+
+def custom_code(config: Mapping[str, Any]) -> list[str]:
+    """The Python files a config needs, as its `auto_map` names them."""
+    classes = [
+        name for names in config.get("auto_map", {}).values() for name in ([names] if isinstance(names, str) else names)
+    ]
+    return sorted({f"{name.split('--')[-1].split('.')[0]}.py" for name in classes if name})
+
+
+def collect(folder: Path, patterns: tuple[str, ...], changed: Mapping[str, bytes]) -> Upload:
+    """The files of `folder` that match a pattern, those in `changed` with another content.
+
+    Links are left out, as they could lead anywhere, and so are folders.
+    """
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() or path.is_symlink()]
+    chosen = {
+        path.name: path
+        for path in paths
+        if path.parent == folder and not path.is_symlink() and any(fnmatch(path.name, pattern) for pattern in patterns)
+    }
+    left_out = tuple(path.relative_to(folder).as_posix() for path in paths if path not in chosen.values())
+    return Upload({**chosen, **changed}, left_out)
+
+
+def public_base(named: str | None, from_hub: bool, declared: str | None, place: str) -> str:
+    """The Hub id of a base.
+
+    Args:
+        from_hub: whether it was fetched from there, so that its name is known to be public.
+
+    Raises:
+        UserError: it lies on this machine only, and no public id was declared.
+    """
+    name = declared or (named if from_hub else None)
+    if not name or not re.fullmatch(r"([\w.-]+/)?\w[\w.-]*", name):
+        rule = "The base must be one that others can load; this one is known by a name on this machine only."
+        raise UserError(place, named, rule, "Declare its Hub id with --base-id ORG/NAME.")
+    return name
+
+
+def refuse_secrets(upload: Upload) -> None:
+    """Nothing if no file that goes has a secret in it.
+
+    Raises:
+        UserError: names every file with a key, token, password, or the value of such an environment variable; never
+            the secret itself.
+    """
+    raise_faults(
+        fault for name, content in upload.files.items() for fault in secrets_in(name, read_text(name, content))
+    )
+
+
+def secrets_in(name: str, text: str) -> Iterator[Fault]:
+    """What is secret in one file; a stretch across quotation marks is two entries of a vocabulary that read as one."""
+    kinds = {
+        kind.name
+        for kind in RECOGNISERS
+        if kind.is_secret and any('"' not in found.group() for found in re.finditer(kind.pattern, text))
+    }
+    values = {
+        variable
+        for variable, value in os.environ.items()
+        if SECRET_VARIABLE.search(variable.upper()) and len(value) >= SHORTEST_SECRET and value in text
+    }
+    for kind in sorted(kinds) + sorted(f"the value of ${variable}" for variable in values):
+        rule = "Nothing secret is published, not even to a private repository."
+        yield Fault(name, kind, rule, "Remove it from the file; if it was real, make a new one.")
+
+
+def read_text(name: str, content: Path | bytes) -> str:
+    """The text of a file; of a safetensors file its header, which may hold any metadata."""
+    if isinstance(content, bytes):
+        return content.decode("utf-8", "replace")
+    if content.suffix == ".safetensors":
+        with open(content, "rb") as stream:
+            return stream.read(int.from_bytes(stream.read(8), "little")).decode("utf-8", "replace")
+    return content.read_text(encoding="utf-8", errors="replace")
+
+
+def to_json(value: object) -> bytes:
+    """JSON as it is written to a file."""
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def hash_bytes(content: bytes) -> str:
+    """SHA-256 of `content`, in hex."""
+    return hashlib.sha256(content).hexdigest()

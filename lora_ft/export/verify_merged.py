@@ -1,0 +1,103 @@
+"""Whether a merged model is whole, is the one that was merged, and still says what it said."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from lora_ft.errors import UserError
+from lora_ft.export.checkpoint import FLOATS, StoredTensor, place_tensors, read_checkpoint, torch_dtype
+from lora_ft.export.finding import Finding, check_answers, check_files
+from lora_ft.export.fresh import ask_fresh
+from lora_ft.export.merge_report import MergeReport, read_report
+from lora_ft.export.skeleton import architecture_class, empty_model, read_config
+from lora_ft.fingerprint import CHUNK_BYTES
+
+
+def verify_merged(path: Path, quick: bool, trust_remote_code: bool) -> Iterator[Finding]:
+    """Findings on a merged folder; those that need intact files end with the first fault."""
+    try:
+        report = read_report(path)
+        tensors = read_checkpoint(path)
+    except UserError as error:
+        yield Finding("files", False, str(error))
+        return
+    yield check_architecture(path, tensors, trust_remote_code)
+    yield check_proof(report)
+    changed, infinite = ([], []) if quick else read_all(tensors, report)
+    if report is None:
+        yield Finding("files", True, "another tool merged this model, so there are no hashes to hold it against")
+    else:
+        yield check_files(path, report.files, changed)
+    if not quick:
+        detail = f"not finite: {', '.join(infinite)}" if infinite else f"{len(tensors)} tensors, finite"
+        yield Finding("values", not infinite, detail)
+        yield check_samples(path, report, trust_remote_code)
+
+
+def check_architecture(path: Path, tensors: Mapping[str, StoredTensor], trust_remote_code: bool) -> Finding:
+    """Whether the files hold every weight of the architecture that config.json names."""
+    import torch
+
+    try:
+        config = read_config(path, trust_remote_code)
+    except UserError as error:
+        return Finding("keys", False, str(error))
+    with torch.device("meta"):
+        model = empty_model(architecture_class(config), config, trust_remote_code)
+    places = place_tensors(tensors, model)
+    found = {place.parameter for place in places.values() if place}
+    shared = model.all_tied_weights_keys
+    needed = {name for name, _ in model.named_parameters()} - found
+    missing = sorted(name for name in needed if shared.get(name) not in found and name not in shared.values())
+    strange = sorted(name for name, place in places.items() if place is None)
+    detail = f"{type(model).__name__}, {len(tensors)} tensors"
+    if strange:
+        detail += f"; {len(strange)} of them are not used by transformers, such as {strange[0]}"
+    return Finding("keys", not missing, f"missing: {', '.join(missing[:3])}" if missing else detail)
+
+
+def check_proof(report: MergeReport | None) -> Finding:
+    """Whether it was shown, when it was merged, that the model is base + adapter."""
+    if report is None or report.proof is None:
+        return Finding("proof", True, "it was never compared with base + adapter")
+    detail = (
+        f"merged onto {report.base} ({report.base_fingerprint[:12]}); "
+        f"logits within {report.proof.max_logit_difference:.1e} of base + adapter, "
+        f"KL {report.proof.mean_kl_divergence:.1e}"
+    )
+    return Finding("proof", not report.faults, "; ".join(report.faults) or detail)
+
+
+def read_all(tensors: Mapping[str, StoredTensor], report: MergeReport | None) -> tuple[list[str], list[str]]:
+    """Names of tensors that are not as they were merged, and of those with values that are not finite."""
+    import torch
+
+    changed, infinite = [], []
+    for name, tensor in tensors.items():
+        digest, finite = hashlib.sha256(), True
+        for chunk in tensor.read_chunks(CHUNK_BYTES):
+            digest.update(chunk)
+            if tensor.dtype in FLOATS:
+                finite &= bool(torch.frombuffer(chunk, dtype=torch_dtype(tensor.dtype)).isfinite().all())
+        if report and report.tensors.get(name) != digest.hexdigest():
+            changed.append(name)
+        if not finite:
+            infinite.append(name)
+    gone = [name for name in report.tensors if name not in tensors] if report else []
+    return changed + gone, infinite
+
+
+def check_samples(path: Path, report: MergeReport | None, trust_remote_code: bool) -> Finding:
+    """Whether a fresh process gives the recorded answers."""
+    if report is None or not report.samples or report.compared_in is None:
+        return Finding("samples", True, "none recorded")
+    request = {
+        "folder": str(path),
+        "arithmetic": asdict(report.compared_in),
+        "prompts": [sample.prompt for sample in report.samples],
+        "trust_remote_code": trust_remote_code,
+    }
+    return check_answers(report.samples, report.compared_in.dtype, lambda: ask_fresh("answer_merged", **request))

@@ -1,0 +1,104 @@
+"""Cards tell what was trained on what and how well; counts of data, never data, and no way on the trainer's machine."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import yaml
+
+from lora_ft.export.card import CardFacts, adapter_facts, add_run, merged_facts, render_card
+from lora_ft.export.manifest import read_manifest
+from lora_ft.export.merge import merge_adapter
+
+RUN = {
+    "data": {
+        "splits": {"train": {"num_documents": 40, "num_tokens": 900, "num_supervised_tokens": 300}},
+        "faults": ["data.jsonl:3: my private row"],
+    },
+    "evaluation": {
+        "base": {"loss": 3.25, "perplexity": 25.8, "token_accuracy": 0.4, "metrics": {"exact_match": 0.0}},
+        "tuned": {"loss": 1.5, "perplexity": 4.48, "token_accuracy": 0.75, "metrics": {"exact_match": 0.625}},
+    },
+    "versions": {"torch": "2.13.0", "peft": "0.21.2"},
+}
+RECIPE = {
+    "output_dir": "/home/anna/runs/secret-project",
+    "model": {"base": "/home/anna/base", "dtype": "bfloat16"},
+    "lora": {"r": 16},
+    "data": {"sources": [{"path": "/home/anna/data/tickets.jsonl"}], "max_length": 512},
+    "export": {"merge": True},
+}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run's folder with what a card reads of it."""
+    (tmp_path / "run.json").write_text(json.dumps(RUN))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    return tmp_path
+
+
+def front_matter(card: str) -> dict:
+    """The metadata on top of a card."""
+    _, text, _ = card.split("---\n", 2)
+    return yaml.safe_load(text)
+
+
+def test_the_metadata_is_what_the_hub_reads(plain):
+    facts = replace(adapter_facts(read_manifest(plain.adapter), "org/tuned"), base="org/base", license="mit")
+    assert front_matter(render_card(facts)) == {
+        "base_model": "org/base",
+        "base_model_relation": "adapter",
+        "library_name": "peft",
+        "license": "mit",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "lora-ft"],
+    }
+
+
+def test_a_run_gives_counts_figures_recipe_and_versions(plain, run):
+    facts = replace(adapter_facts(read_manifest(plain.adapter), "org/tuned"), base="org/base")
+    card = render_card(add_run(facts, run))
+    for line in (
+        "| train | 40 | 900 | 300 |",
+        "| loss | 3.25 | 1.5 |",
+        "| exact_match | 0 | 0.625 |",
+        "  - path: tickets.jsonl",
+        "torch 2.13.0, peft 0.21.2",
+    ):
+        assert line in card
+    for private in ("anna", "secret-project", "my private row"):
+        assert private not in card
+
+
+def test_a_folder_that_is_no_run_adds_nothing(plain, tmp_path):
+    facts = adapter_facts(read_manifest(plain.adapter), "org/tuned")
+    assert add_run(facts, tmp_path) == facts
+
+
+def test_a_pinned_base_and_a_larger_vocabulary_are_in_the_lines_to_copy(plain):
+    manifest = replace(read_manifest(plain.adapter), base="org/base", revision="0123abc", num_embeddings=330)
+    card = render_card(adapter_facts(manifest, "org/tuned"))
+    assert 'AutoModelForCausalLM.from_pretrained("org/base", revision="0123abc")' in card
+    assert "model.resize_token_embeddings(330)" in card
+
+
+def test_a_classifier_is_loaded_as_one(plain):
+    manifest = replace(read_manifest(plain.adapter), labels={"0": "bad", "1": "good"})
+    card = render_card(adapter_facts(manifest, "org/tuned"))
+    assert front_matter(card)["pipeline_tag"] == "text-classification"
+    assert "AutoModelForSequenceClassification.from_pretrained" in card
+
+
+def test_a_merged_model_needs_no_base_to_load(plain, tmp_path):
+    report = merge_adapter(plain.adapter, tmp_path / "merged", prove=False)
+    card = render_card(merged_facts(report, "org/tuned", False, "convert it"))
+    assert 'AutoModelForCausalLM.from_pretrained("org/tuned", dtype="auto")' in card
+    assert "vllm serve org/tuned" in card
+    assert "Ollama: convert it" in card
+    assert front_matter(card)["base_model_relation"] == "merge"
+
+
+def test_a_card_of_nothing_but_a_name_is_still_a_card():
+    card = render_card(CardFacts(title="t", base="org/base", revision=None, is_adapter=True))
+    assert front_matter(card)["base_model"] == "org/base"
