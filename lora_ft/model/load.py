@@ -82,6 +82,7 @@ def load_base(
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     from lora_ft.model.machine import probe_machine
+    from lora_ft.model.quant_cache import load_quantised
 
     options: dict[str, Any] = {
         "dtype": getattr(torch, section.dtype) if section.dtype != "auto" else "auto",
@@ -90,16 +91,17 @@ def load_base(
         "use_safetensors": True,
         "local_files_only": True,
     }
-    if quantization:
-        options["quantization_config"] = check_buildable("quantization", BitsAndBytesConfig, quantization, "recipe")
     if not is_deepspeed_zero3_enabled():
         options["device_map"] = {"": device or probe_machine().device}
+    config = check_buildable("quantization", BitsAndBytesConfig, quantization, "recipe") if quantization else None
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(identity.folder, output_loading_info=True, **options)
+        if config is not None:
+            model, info = load_quantised(AutoModelForCausalLM, identity, config, options)
+        else:
+            model, info = AutoModelForCausalLM.from_pretrained(identity.folder, output_loading_info=True, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as fault:
-        raise UserError(
-            "model.base", section.base, f"It cannot be read: {_first_line(fault)}", "Check the folder."
-        ) from fault
+        rule = f"It cannot be read: {_first_line(fault)}"
+        raise UserError("model.base", section.base, rule, "Check the folder.") from fault
     _refuse_missing(section, info)
     use_safe_4bit_kernels(model)
     return model.requires_grad_(False)

@@ -1,0 +1,200 @@
+"""4-bit weights on disk, so that a base is quantised once and not at every start.
+
+    <cache>/quantised/<key>/   model.safetensors, config.json      as stock transformers reads them
+                               entry.json                          what they were made of, and the checksum of each file
+                      <key>.lock                                   held while they are made
+
+Read back they are mapped from the file, not copied: seconds become tenths, and memory is taken as layers are used.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lora_ft.fingerprint import BaseIdentity, hash_json, list_weight_files, whole_folder
+from lora_ft.model.machine import release_memory
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig, PreTrainedModel
+
+ENTRY = "entry.json"
+FORMAT_VERSION = 1
+"""Part of every key; raise it when the same base would be stored in another way."""
+SPARE_BYTES = 2 * 2**30
+"""Disk that is left free; the cache is a convenience."""
+
+
+@dataclass(frozen=True)
+class CachedBase:
+    """One quantised base on disk."""
+
+    folder: Path
+    """Where it lies."""
+    base: str
+    """The base, as the recipe that made it named it."""
+    revision: str | None
+    """Its commit, for a Hub base."""
+    quantization: dict[str, Any]
+    """The BitsAndBytesConfig that was used."""
+    num_bytes: int
+    """Size on disk."""
+    last_used: float
+    """Seconds since 1970."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**asdict(self), "folder": str(self.folder)}
+
+
+def load_quantised(
+    auto_class: Any, identity: BaseIdentity, config: BitsAndBytesConfig, options: dict[str, Any]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model and loading info of `auto_class.from_pretrained(identity.folder, **options)`, quantised by `config`.
+
+    4-bit weights come from the cache, or go there. Whoever comes first quantises; others wait for the lock, which ends
+    with its owner's process, and read. Damaged weights are made anew. Where nothing can be written (a full or read-only
+    disk) the model is quantised as if there were no cache.
+    """
+    load = auto_class.from_pretrained
+    quantised = {**options, "quantization_config": config, "output_loading_info": True}
+    if not _is_cacheable(identity, config, options):
+        return load(identity.folder, **quantised)
+    folder = find_cache() / _key(auto_class, identity, config, options)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return load(identity.folder, **quantised)
+
+    from filelock import FileLock
+
+    with FileLock(folder.with_suffix(".lock")):
+        found = _read(auto_class, folder, options)
+        if found is None:
+            found = load(identity.folder, **quantised)
+            if _store(found[0], found[1], folder, identity, config):
+                del found  # what quantising took is given back, and the weights are mapped as at every later start
+                release_memory()
+                found = _read(auto_class, folder, options)
+    model, info = found or load(identity.folder, **quantised)
+    model.name_or_path = model.config.name_or_path = str(identity.folder)
+    return model, info
+
+
+def find_cache() -> Path:
+    """The folder of all quantised bases: below `LORA_FT_CACHE`, or the user's cache folder."""
+    chosen = os.environ.get("LORA_FT_CACHE")
+    root = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lora_ft"
+    return root.expanduser() / "quantised"
+
+
+def list_cached() -> tuple[CachedBase, ...]:
+    """The quantised bases on disk, the one used last first."""
+    found = [_describe(path.parent) for path in find_cache().glob(f"*/{ENTRY}") if not path.parent.name.startswith(".")]
+    return tuple(sorted(found, key=lambda cached: -cached.last_used))
+
+
+def clear_cached(base: str | None = None) -> tuple[CachedBase, ...]:
+    """Removes the quantised bases made of `base`, or all of them; they come back.
+
+    A process that has one open keeps it until it ends: on POSIX a removed file lives as long as it is mapped.
+    """
+    removed = tuple(cached for cached in list_cached() if base in (None, cached.base))
+    for cached in removed:
+        shutil.rmtree(cached.folder)
+        cached.folder.with_suffix(".lock").unlink(missing_ok=True)
+    if base is None:
+        for draft in find_cache().glob(".*.partial"):  # of processes that were killed while they wrote
+            shutil.rmtree(draft, ignore_errors=True)
+    return removed
+
+
+def _is_cacheable(identity: BaseIdentity, config: BitsAndBytesConfig, options: dict[str, Any]) -> bool:
+    """Whether stored weights would be the whole model: not sharded by ZeRO-3, not quantised already, no code beside."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    settings = json.loads((identity.folder / "config.json").read_text(encoding="utf-8"))
+    plain = "quantization_config" not in settings and not options.get("trust_remote_code")
+    return bool(config.load_in_4bit) and plain and not is_deepspeed_zero3_enabled()
+
+
+def _key(auto_class: Any, identity: BaseIdentity, config: BitsAndBytesConfig, options: dict[str, Any]) -> str:
+    """The name of a base's folder in the cache.
+
+    The fingerprint reads samples of the weights; size and time of the files tell a base that was edited in place.
+    """
+    files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in list_weight_files(identity.folder)]
+    versions = [importlib.metadata.version(name) for name in ("transformers", "bitsandbytes")]
+    made_of = [FORMAT_VERSION, auto_class.__name__, identity.fingerprint, identity.revision, files, versions]
+    return hash_json([*made_of, config.to_dict(), options.get("dtype")])[:32]
+
+
+def _read(auto_class: Any, folder: Path, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]] | None:
+    """The model in `folder`, or None where there is none or it is damaged."""
+    try:
+        entry = json.loads((folder / ENTRY).read_text(encoding="utf-8"))
+        if entry["checksums"] != _checksums(folder):
+            return None
+        found = auto_class.from_pretrained(folder, **options, output_loading_info=True)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError):
+        return None
+    os.utime(folder / ENTRY)
+    return found
+
+
+def _store(
+    model: PreTrainedModel, info: dict[str, Any], folder: Path, identity: BaseIdentity, config: BitsAndBytesConfig
+) -> bool:
+    """Writes the model to `folder` in one step, unless it is not whole or the disk cannot take it; says whether."""
+    from transformers import GenerationConfig
+
+    free = shutil.disk_usage(folder.parent).free
+    if info["missing_keys"] or free < model.get_memory_footprint() + SPARE_BYTES:
+        return False
+    generation = model.generation_config
+    try:
+        with whole_folder(folder) as draft:
+            model.generation_config = GenerationConfig()  # a base's own may be one that transformers refuses to write
+            model.save_pretrained(draft)
+            (draft / "generation_config.json").unlink(missing_ok=True)
+            if (identity.folder / "generation_config.json").is_file():
+                shutil.copyfile(identity.folder / "generation_config.json", draft / "generation_config.json")
+            entry = {
+                "base": identity.name,
+                "revision": identity.revision,
+                "quantization": config.to_diff_dict(),
+                "checksums": _checksums(draft),
+            }
+            (draft / ENTRY).write_text(json.dumps(entry, indent=2, default=str), encoding="utf-8")
+        return True
+    except OSError:
+        return False
+    finally:
+        model.generation_config = generation
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """A checksum of every file but the entry: XXH3, five times as fast as SHA-256, as nobody forges these."""
+    return dict(sorted((path.name, _checksum(path)) for path in folder.iterdir() if path.name != ENTRY))
+
+
+def _checksum(path: Path) -> str:
+    import xxhash
+
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as stream:
+        while chunk := stream.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _describe(folder: Path) -> CachedBase:
+    entry = json.loads((folder / ENTRY).read_text(encoding="utf-8"))
+    num_bytes = sum(path.stat().st_size for path in folder.iterdir())
+    last_used = (folder / ENTRY).stat().st_mtime
+    return CachedBase(folder, entry["base"], entry["revision"], entry["quantization"], num_bytes, last_used)
