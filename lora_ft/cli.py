@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from typing import Any
 from lora_ft.errors import UserError
 
 INTERRUPTED = 130
+ONTO = "onto the base's own weights, or onto what 4 bit made of them in training"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -69,22 +71,43 @@ def build_parser() -> argparse.ArgumentParser:
     train = add("train", train_command, "train an adapter, verify it, compare it with its base, export it")
     add_recipe(train)
     train.add_argument("--fresh", action="store_true", help="remove what an older run left in output_dir")
-    add_recipe(add("check", check_command, "check a recipe and say what would be run"))
+    check = add("check", check_command, "check a recipe and audit its data, and say what would be run")
+    add_recipe(check)
+    check.add_argument("--no-data", action="store_true", help="the recipe alone: neither base nor data are looked for")
+    preview = add("preview", preview_command, "show rows as the model sees them, with what is learned in colour")
+    add_recipe(preview)
+    preview.add_argument("-n", "--rows", type=int, default=3, help="how many rows")
+    preview.add_argument("--ids", action="store_true", help="token ids beside the tokens")
+    preview.add_argument("--html", type=Path, help="write a page to this file instead")
+    add_recipe(add("prepare", prepare_command, "tokenise a recipe's data into the cache that train reads"))
     evaluate = add("evaluate", evaluate_command, "compare a run's adapter with its base on the test split")
     evaluate.add_argument("run", type=Path, help="folder of a run")
-    merge = add("merge", merge_command, "merge an adapter into its base")
-    merge.add_argument("adapter", type=Path, help="adapter folder")
+    merge = add("merge", merge_command, "merge an adapter into its base, and prove that nothing changed")
+    merge.add_argument(
+        "adapters", nargs="+", metavar="ADAPTER[=WEIGHT]", help="adapter folder, or several with weights"
+    )
     merge.add_argument("--out", type=Path, required=True, help="folder of the merged model")
     merge.add_argument("--base", help="where the base lies, if not where the adapter says")
     merge.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="type of the merged weights")
+    merge.add_argument("--onto", choices=["original", "quantized"], default="original", help=ONTO)
+    merge.add_argument("--no-proof", action="store_true", help="do not compare logits and generations afterwards")
     verify = add("verify", verify_command, "check that a folder is what was trained")
     verify.add_argument("folder", type=Path, help="run, adapter or merged model")
     verify.add_argument("--base", help="where the base lies, if not where the adapter says")
     verify.add_argument("--quick", action="store_true", help="hashes and shapes only, no weights in memory")
+    push = add("push", push_command, "publish an adapter or a merged model on the Hub")
+    push.add_argument("folder", type=Path, help="run, adapter or merged model")
+    push.add_argument("repository", help="ORG/NAME")
+    push.add_argument("--merged", action="store_true", help="of a run, the merged model")
+    push.add_argument("--public", action="store_true", help="let everyone see it")
+    push.add_argument("--base-id", help="Hub id of the base, if it was trained from a folder")
+    push.add_argument("--license", help="licence for the card, as the Hub names it")
     chat = add("chat", chat_command, "talk to a tuned model in the terminal")
     chat.add_argument("folder", type=Path, help="run, adapter or merged model")
     chat.add_argument("--base", action="store_true", help="let the base answer beside it")
     chat.add_argument("--max-new-tokens", type=int, default=256, help="longest answer in tokens")
+    cache = add("cache", cache_command, "show quantised bases that are kept for the next start, or clear them")
+    cache.add_argument("--clear", action="store_true", help="remove them")
     recipes = add("recipes", recipes_command, "list the embedded recipes, or copy one here")
     recipes.add_argument("name", nargs="?", help="recipe to copy into this folder")
     return parser
@@ -109,14 +132,53 @@ def train_command(options: argparse.Namespace) -> None:
 
 
 def check_command(options: argparse.Namespace) -> None:
-    from lora_ft.model.machine import choose_settings, probe_machine
     from lora_ft.recipe import dump_recipe, load_recipe
 
-    recipe = choose_settings(load_recipe(options.recipe, options.overrides), probe_machine())
+    recipe = load_recipe(options.recipe, options.overrides)
+
+    from lora_ft.data.audit_table import print_audit
+    from lora_ft.run import audit_recipe, settle_recipe
+
+    recipe = settle_recipe(recipe)
+    audit = None if options.no_data else audit_recipe(recipe)
     if options.json:
-        options.emit({"ok": True, "choices": [vars(choice) for choice in recipe.choices]})
+        choices = [vars(choice) for choice in recipe.choices]
+        options.emit({"ok": True, "choices": choices, "audit": audit.to_json() if audit else None})
+        return
+    print(dump_recipe(recipe), end="")
+    if audit is not None:
+        print_audit(audit)
+
+
+def preview_command(options: argparse.Namespace) -> None:
+    from lora_ft.data.preview import preview_rows, print_preview, write_preview
+    from lora_ft.recipe import load_recipe
+    from lora_ft.run import find_tokenizer
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    rows = preview_rows(recipe.data, find_tokenizer(recipe), options.rows)
+    if options.html is not None:
+        write_preview(rows, options.html)
+    if options.json:
+        options.emit([dataclasses.asdict(row) for row in rows])
+    elif options.html is None:
+        print_preview(rows, show_ids=options.ids)
     else:
-        print(dump_recipe(recipe), end="")
+        print(f"written to {options.html}")
+
+
+def prepare_command(options: argparse.Namespace) -> None:
+    from lora_ft.data.prepare import build_splits
+    from lora_ft.recipe import load_recipe
+    from lora_ft.run import find_tokenizer
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    splits = build_splits(recipe.data, find_tokenizer(recipe))
+    if options.json:
+        options.emit({"folder": str(splits.folder), "fingerprint": splits.fingerprint, **splits.report.to_json()})
+    else:
+        counts = ", ".join(f"{len(getattr(splits, name))} {name}" for name in ("train", "validation", "test"))
+        print(f"prepared {counts} rows in {splits.folder}")
 
 
 def evaluate_command(options: argparse.Namespace) -> None:
@@ -134,8 +196,32 @@ def evaluate_command(options: argparse.Namespace) -> None:
 def merge_command(options: argparse.Namespace) -> None:
     from lora_ft.export.merge import merge_adapter
 
-    report = merge_adapter(options.adapter, options.out, base=options.base, dtype=options.dtype)
-    options.emit(report.to_json()) if options.json else print(f"merged into {options.out}")
+    report = merge_adapter(
+        [_read_weight(word) for word in options.adapters],
+        options.out,
+        base=options.base,
+        dtype=options.dtype,
+        onto=options.onto,
+        prove=not options.no_proof,
+    )
+    if options.json:
+        options.emit(report.to_json())
+        return
+    print(f"merged {report.num_changed} of {report.num_tensors} tensors into {options.out} as {report.dtype}")
+    if report.proof is not None:
+        proof = report.proof
+        print(
+            f"proven: {proof.num_positions} positions, logits within {proof.max_logit_difference:.1e} of base + adapter"
+        )
+
+
+def _read_weight(word: str) -> tuple[Path, float]:
+    """`FOLDER=0.5` as a folder and its weight; 1 without one."""
+    folder, _, weight = word.rpartition("=") if "=" in word else (word, "", "1")
+    try:
+        return Path(folder), float(weight)
+    except ValueError:
+        raise UserError("command line", word, "A weight is a number.", "Write ADAPTER=0.5, say.") from None
 
 
 def verify_command(options: argparse.Namespace) -> int:
@@ -148,6 +234,36 @@ def verify_command(options: argparse.Namespace) -> int:
         for finding in report.findings:
             print(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.name}: {finding.detail}")
     return 0 if report.ok else 1
+
+
+def push_command(options: argparse.Namespace) -> None:
+    from lora_ft.export.hub import push_folder
+
+    report = push_folder(
+        options.folder,
+        options.repository,
+        merged=options.merged,
+        public=options.public,
+        base_id=options.base_id,
+        license=options.license,
+    )
+    if options.json:
+        options.emit(dataclasses.asdict(report))
+    else:
+        state = "was there already" if report.already_there else "published"
+        print(f"{state}: {report.url} ({'private' if report.private else 'public'}, commit {report.commit[:12]})")
+
+
+def cache_command(options: argparse.Namespace) -> None:
+    from lora_ft.model.quant_cache import clear_cached, list_cached
+
+    found = clear_cached() if options.clear else list_cached()
+    if options.json:
+        options.emit({"cleared": options.clear, "bases": [entry.to_json() for entry in found]})
+        return
+    for entry in found:
+        print(f"{entry.num_bytes / 1e6:10.1f} MB  {entry.base}")
+    print(f"{len(found)} quantised bases{' removed' if options.clear else ''}")
 
 
 def chat_command(options: argparse.Namespace) -> None:

@@ -9,11 +9,14 @@ import platform
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_ft.data.prepare import Splits, build_splits
+from lora_ft.data.check import check_section
+from lora_ft.data.prepare import build_splits, check_data
+from lora_ft.data.render import IGNORE_INDEX
+from lora_ft.data.splits import Splits
 from lora_ft.errors import RunFailed
 from lora_ft.evaluation.metrics import check_metrics
 from lora_ft.fingerprint import BaseIdentity, hash_tensors
@@ -22,13 +25,14 @@ from lora_ft.model.load import find_base, load_base, load_tokenizer
 from lora_ft.model.machine import choose_settings, probe_machine, settle_validation
 from lora_ft.recipe import LORAPLUS, load_recipe
 from lora_ft.sections import Recipe
-from lora_ft.training.checkpoint import check_run_folder, check_space, claim_run_folder, write_manifest
+from lora_ft.training.checkpoint import RunFolder, check_run_folder, check_space, claim_run_folder, write_manifest
 from lora_ft.training.distributed import Launch, check_launch, end_sharding, read_launch, settle_launch
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
+    from lora_ft.data.audit import AuditReport
     from lora_ft.training.trainer import LoraTrainer
 
 NUM_SAMPLES, SAMPLE_TOKENS = 4, 64
@@ -66,7 +70,7 @@ def run_recipe(recipe: Recipe, *, fresh: bool = False, quiet: bool = False) -> R
     """
     quiet_libraries()
     launch = read_launch()
-    recipe = settle_recipe(recipe, launch)
+    recipe = settle_recipe(recipe)
     base = find_base(recipe.model.base, recipe.model.revision, recipe.model.trust_remote_code)
     tokenizer = load_tokenizer(base, recipe.model, recipe.data.chat_template)
     splits = build_splits(recipe.data, tokenizer)
@@ -88,19 +92,33 @@ def run_recipe(recipe: Recipe, *, fresh: bool = False, quiet: bool = False) -> R
     manifest["adapter_sha256"] = hash_tensors(adapter / "adapter_model.safetensors")
     manifest["verification"] = verify_saved(adapter)
     manifest["evaluation"] = evaluate_trained(trainer, tokenizer, splits, recipe, launch)
-    manifest["export"] = export_run(adapter, recipe)
+    manifest["export"] = export_run(adapter, recipe, run, manifest)
     return RunResult(run.path, write_manifest(run, "finished", manifest))
 
 
-def settle_recipe(recipe: Recipe, launch: Launch) -> Recipe:
+def settle_recipe(recipe: Recipe) -> Recipe:
     """The recipe with all open settings chosen for this machine and launch; what cannot work is refused here."""
+    launch = read_launch()
     machine = probe_machine()
     if machine.device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where it is installed, prints a warning
     check_metrics(recipe.evaluation.metrics)
+    check_section(recipe.data)
     recipe = settle_launch(choose_settings(recipe, machine), launch)
     check_launch(launch, recipe)
     return recipe
+
+
+def find_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The tokenizer of the recipe's base, with its chat template or the recipe's."""
+    quiet_libraries()
+    base = find_base(recipe.model.base, recipe.model.revision, recipe.model.trust_remote_code)
+    return load_tokenizer(base, recipe.model, recipe.data.chat_template)
+
+
+def audit_recipe(recipe: Recipe) -> AuditReport:
+    """What is to be known of the recipe's data before it is trained on."""
+    return check_data(recipe.data, find_tokenizer(recipe))
 
 
 def prepare_trainer(
@@ -166,13 +184,19 @@ def save_trained(
     folder = recipe.output_dir / "adapter"
     model = bare_model(trainer)
     held_out = next(rows for rows in (splits.test, splits.validation, splits.train) if len(rows))
-    prompts = [row["input_ids"][:SAMPLE_TOKENS] for row in held_out.select(range(min(NUM_SAMPLES, len(held_out))))]
+    prompts = [question_of(row) for row in held_out.select(range(min(NUM_SAMPLES, len(held_out))))]
     recorded = record_samples(model, prompts)
     state_dict = gather_adapter(trainer)
     if trainer.is_world_process_zero():
         save_adapter(model, tokenizer, folder, base=base, state_dict=state_dict, recorded=recorded)
     end_sharding()
     return folder
+
+
+def question_of(row: dict[str, Any]) -> list[int]:
+    """Tokens of a row up to where supervision starts, or its first few where it starts at once."""
+    start = next((place for place, label in enumerate(row["labels"]) if label != IGNORE_INDEX), 0)
+    return row["input_ids"][:start][-SAMPLE_TOKENS:] if start > 1 else row["input_ids"][:SAMPLE_TOKENS]
 
 
 def bare_model(trainer: LoraTrainer) -> PeftModel:
@@ -256,11 +280,18 @@ def evaluate_in_new_process(folder: Path) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-def export_run(adapter: Path, recipe: Recipe) -> dict[str, Any]:
-    """What the recipe's `export` section asks for, made of the verified adapter."""
+def export_run(adapter: Path, recipe: Recipe, run: RunFolder, manifest: dict[str, Any]) -> dict[str, Any]:
+    """What the recipe's `export` section asks for, made of the verified adapter; the cards tell of the whole run."""
+    from lora_ft.export.card import write_run_cards
+    from lora_ft.export.hub import push_folder
     from lora_ft.export.merge import merge_adapter
 
-    if not recipe.export.merge:
-        return {}
-    report = merge_adapter(adapter, recipe.output_dir / "merged", dtype=recipe.export.dtype)
-    return {"merge": report.to_json()}
+    done: dict[str, Any] = {}
+    if recipe.export.merge:
+        report = merge_adapter(adapter, run.path / "merged", dtype=recipe.export.dtype)
+        done["merge"] = {"dtype": report.dtype, "proof": report.to_json()["proof"], "seconds": report.merge_seconds}
+    write_manifest(run, "training", manifest)
+    write_run_cards(run.path)
+    if recipe.export.push_to is not None:
+        done["push"] = asdict(push_folder(adapter, recipe.export.push_to))
+    return done

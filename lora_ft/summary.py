@@ -30,6 +30,12 @@ def print_summary(result: RunResult) -> None:
     console.print(f"[bold]verified[/] {_last_detail(manifest['verification'])}")
     if manifest["evaluation"]:
         print_scores(manifest["evaluation"], console)
+    if merge := manifest["export"].get("merge"):
+        proof = merge["proof"]
+        console.print(
+            f"[bold]merged[/] as {merge['dtype']}: logits within {proof['max_logit_difference']:.1e} of base + adapter,"
+            f" {proof['greedy_agreement']:.0%} of greedy answers alike"
+        )
     folder = Path(result.folder)
     console.print(f"\n[bold]{_shorten(folder)}/[/]")
     for name, meaning in LIES_THERE.items():

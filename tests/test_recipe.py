@@ -46,6 +46,13 @@ def test_scientific_notation_is_a_number(tmp_path, text):
     assert load_recipe(write(tmp_path, GOOD.replace("2e-4", text))).training["learning_rate"] == pytest.approx(2e-4)
 
 
+def test_no_is_a_word(tmp_path):
+    text = GOOD + "  eval_strategy: no\n  save_strategy: no\n  tf32: false\n"
+    training = load_recipe(write(tmp_path, text)).training
+    assert training["eval_strategy"] == training["save_strategy"] == "no" and training["tf32"] is False
+    assert load_recipe(write(tmp_path, dump_recipe(load_recipe(write(tmp_path, text))))).training == training
+
+
 def test_override_is_read_like_the_file(tmp_path):
     overrides = ["training.learning_rate=3e-5", "lora.target_modules=[q_proj, v_proj]", "data.sources.0.weight=0.5"]
     recipe = load_recipe(write(tmp_path, GOOD), overrides)
