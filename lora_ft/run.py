@@ -99,6 +99,8 @@ def run_recipe(recipe: Recipe, *, fresh: bool = False, quiet: bool = False) -> R
 def settle_recipe(recipe: Recipe) -> Recipe:
     """The recipe with all open settings chosen for this machine and launch; what cannot work is refused here."""
     launch = read_launch()
+    if recipe.model.trust_remote_code:
+        print(f"model.trust_remote_code: Python code beside {recipe.model.base} may run here", file=sys.stderr)
     machine = probe_machine()
     if machine.device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where it is installed, prints a warning

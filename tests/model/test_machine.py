@@ -1,0 +1,79 @@
+"""Settings chosen for a machine: only what the recipe leaves open, each with its reason; impossible ones refused."""
+
+from pathlib import Path
+
+import pytest
+
+from lora_ft.errors import UserError
+from lora_ft.model.machine import Machine, choose_settings, probe_machine, settle_validation
+from lora_ft.sections import DataSection, ModelSection, Recipe, SourceSection
+
+CPU = Machine("cpu", "some CPU", 16 * 2**30, native_bf16=False, bf16_reason="measured 0.4× the speed of float32")
+CPU_BF16 = Machine("cpu", "some CPU", 16 * 2**30, native_bf16=True, bf16_reason="measured 3.0× the speed of float32")
+AMPERE = Machine("cuda:1", "some GPU", 24 * 2**30, native_bf16=True, bf16_reason="compute capability 8.6")
+TURING = Machine("cuda:0", "some GPU", 16 * 2**30, native_bf16=False, bf16_reason="compute capability 7.5")
+
+
+def make_recipe(split=None, model=None, **training) -> Recipe:
+    data = DataSection(sources=(SourceSection("rows.jsonl", split=split),))
+    quantization = {"load_in_4bit": True}
+    return Recipe(Path("run"), ModelSection("base", **(model or {})), data, quantization, {"r": 8}, training)
+
+
+@pytest.mark.parametrize(
+    ("machine", "dtype", "bf16", "fp16", "checkpointing"),
+    [
+        (CPU, "float32", False, False, False),
+        (CPU_BF16, "bfloat16", True, False, False),
+        (AMPERE, "bfloat16", True, False, True),
+        (TURING, "float16", False, True, True),
+    ],
+)
+def test_number_format_follows_the_machine(machine, dtype, bf16, fp16, checkpointing):
+    recipe = choose_settings(make_recipe(), machine)
+    assert recipe.model.dtype == recipe.quantization["bnb_4bit_compute_dtype"] == dtype
+    assert (recipe.training["bf16"], recipe.training["fp16"]) == (bf16, fp16)
+    assert recipe.training["gradient_checkpointing"] is checkpointing
+    assert all(choice.reason for choice in recipe.choices)
+    assert {"model.dtype", "training.bf16", "training.optim"} <= {choice.key for choice in recipe.choices}
+
+
+def test_what_the_recipe_says_stands():
+    asked = {"optim": "sgd", "seed": 3, "report_to": "tensorboard", "eval_strategy": "steps", "bf16": False}
+    recipe = choose_settings(make_recipe(model={"dtype": "float32"}, **asked), AMPERE)
+    assert recipe.model.dtype == "float32"
+    assert {key: recipe.training[key] for key in asked} == asked
+    assert not {f"training.{key}" for key in asked} & {choice.key for choice in recipe.choices}
+
+
+@pytest.mark.parametrize(
+    ("model", "training", "machine"),
+    [
+        ({"dtype": "float16"}, {}, CPU),
+        ({}, {"fp16": True}, CPU_BF16),
+        ({}, {"tf32": True}, CPU),
+        ({}, {"fp16": True, "bf16": True}, AMPERE),
+        ({"dtype": "float16"}, {"bf16": True}, AMPERE),
+        ({"dtype": "bfloat16"}, {"fp16": True}, AMPERE),
+    ],
+)
+def test_impossible_number_formats_are_refused(model, training, machine):
+    """Failure mode 25."""
+    with pytest.raises(UserError):
+        choose_settings(make_recipe(model=model, **training), machine)
+
+
+def test_validation_that_nobody_asked_for_is_given_up_quietly_and_asked_for_is_refused():
+    """Failure mode 21."""
+    chosen = choose_settings(make_recipe(), CPU)
+    assert chosen.training["eval_strategy"] == "epoch"
+    assert settle_validation(chosen, 5) == chosen
+    assert settle_validation(chosen, 0).training["eval_strategy"] == "no"
+    assert choose_settings(make_recipe(split="train"), CPU).training["eval_strategy"] == "no"
+    with pytest.raises(UserError, match="no validation rows"):
+        settle_validation(choose_settings(make_recipe(eval_strategy="steps"), CPU), 0)
+
+
+def test_this_machine_is_probed():
+    machine = probe_machine()
+    assert machine.memory_bytes > 2**30 and machine.name and machine.bf16_reason
