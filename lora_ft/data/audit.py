@@ -169,19 +169,22 @@ def measure_lengths(splits: Splits, name: str, section: DataSection) -> Lengths 
 
 def check_losses(report: DataReport, section: DataSection) -> list[Check]:
     """Rows, answers and tokens that do not reach the model."""
-    total: Counter[str] = Counter()
-    for split in report.splits.values():
-        total.update({name: value for name, value in vars(split).items() if name.startswith("num_") and value})
     longer = f"Raise data.max_length (now {section.max_length})."
     shares = {"validation": section.split.validation, "test": section.split.test}
     num_empty = sum(1 for name, share in shares.items() if share and not report.splits[name].num_documents)
+
+    def lost(name: str, count: str, verdict: Verdict, meaning: str) -> Check:
+        number = sum(getattr(split, count) for split in report.splits.values())
+        places = [place for split in report.splits.values() for place in split.places.get(count, ())]
+        return judge(name, number, verdict, meaning, places)
+
     return [
         judge("bad rows skipped", report.num_skipped, "warning", "The report's `faults` say what is wrong with them."),
-        judge("rows refused by the chat template", total["num_dropped_refused"], "warning", "They were left out."),
-        judge("answers cut", total["num_answers_cut"], "warning", f"They teach the model not to stop. {longer}"),
-        judge("rows too long", total["num_dropped_too_long"], "warning", f"They were left out. {longer}"),
-        judge("rows without a supervised token", total["num_dropped_unsupervised"], "warning", f"Left out. {longer}"),
-        judge("rows truncated", total["num_truncated"], "note", f"They lost tokens. {longer}"),
+        lost("rows refused by the chat template", "num_dropped_refused", "warning", "They were left out."),
+        lost("answers cut", "num_answers_cut", "warning", f"They teach the model not to stop. {longer}"),
+        lost("rows too long", "num_dropped_too_long", "warning", f"They were left out. {longer}"),
+        lost("rows without a supervised token", "num_dropped_unsupervised", "warning", f"Left out. {longer}"),
+        lost("rows truncated", "num_truncated", "note", f"They lost tokens. {longer}"),
         judge("splits asked for and empty", num_empty, "warning", "Nothing can be measured there. Give more rows."),
     ]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -33,6 +33,8 @@ class SplitReport:
     """Rows after packing; None where nothing is packed."""
     packed_share: float | None = None
     """Share of token slots of the packed rows that hold tokens."""
+    places: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """The first rows of each loss, by the name of its count."""
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,31 +23,75 @@ from lora_ft.data.store import TOKENS, ArrowWriter, StoredExamples, TokenRows, c
 from lora_ft.data.tasks import Task
 from lora_ft.errors import Fault
 
+MAX_PLACES = 3
+"""Rows that are named for each loss."""
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+class Tally:
+    """What was counted in one split, and the first rows of each loss."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.first_rows: dict[str, list[int]] = {}
+
+    def add_losses(self, fitted: Fitted, kept: Sequence[Document], row: int) -> None:
+        """What one row lost, if anything."""
+        losses = {
+            "num_dropped_too_long": not fitted.documents,
+            "num_dropped_unsupervised": bool(fitted.documents) and not kept,
+            "num_truncated": bool(kept) and fitted.is_truncated,
+            "num_answers_cut": bool(kept) and fitted.is_answer_cut,
+        }
+        for name, is_lost in losses.items():
+            if is_lost:
+                self.counts[name] += 1
+                if len(rows := self.first_rows.setdefault(name, [])) < MAX_PLACES:
+                    rows.append(row)
+
+    def add_documents(self, documents: Sequence[Document]) -> None:
+        """Documents that are kept."""
+        self.counts["num_documents"] += len(documents)
+        self.counts["num_tokens"] += sum(len(document.input_ids) for document in documents)
+        self.counts["num_supervised_tokens"] += sum(document.num_supervised_tokens for document in documents)
+
+    def report(self, examples: StoredExamples) -> SplitReport:
+        """The counts of a split that was dealt `examples`."""
+        places = {name: tuple(examples[row].place for row in rows) for name, rows in self.first_rows.items()}
+        return SplitReport(num_rows=len(examples), places=places, **self.counts)
 
 
 def write_documents(
     path: Path, examples: StoredExamples, task: Task, faults: FaultList
 ) -> tuple[SplitReport, np.ndarray]:
     """The documents of one split, written to `path`; with the counts, and which example each document came from."""
-    counts: Counter[str] = Counter(num_rows=len(examples))
-    numbers = array("q")
+    tally, origins, row = Tally(), array("q"), 0
     with ArrowWriter(path, pa.schema({"input_ids": TOKENS, "labels": task.label_type})) as writer:
-        number = 0
         for found in map_ahead(task.fit, chunked(examples)):
             documents: list[Document] = []
-            for kept in count_losses(found, faults, counts):
+            for fitted in found:
+                kept = keep_supervised(fitted, row, faults, tally)
                 documents += kept
-                numbers.extend([number] * len(kept))
-                number += 1
+                origins.extend([row] * len(kept))
+                row += 1
             labels = [document.labels for document in documents]
             is_class = not pa.types.is_list(task.label_type)
             writer.write([d.input_ids for d in documents], [label for (label,) in labels] if is_class else labels)
-            counts["num_documents"] += len(documents)
-            counts["num_tokens"] += sum(len(document.input_ids) for document in documents)
-            counts["num_supervised_tokens"] += sum(document.num_supervised_tokens for document in documents)
-    return SplitReport(**counts), np.array(numbers)
+            tally.add_documents(documents)
+    return tally.report(examples), np.array(origins)
+
+
+def keep_supervised(fitted: Fitted | Fault, row: int, faults: FaultList, tally: Tally) -> list[Document]:
+    """A row's documents that hold a supervised token; what is lost is counted."""
+    if isinstance(fitted, Fault):
+        faults.add(fitted)
+        tally.counts["num_dropped_refused"] += 1
+        return []
+    kept = [document for document in fitted.documents if document.num_supervised_tokens]
+    if len(kept) != 1 or fitted.is_truncated:
+        tally.add_losses(fitted, kept, row)
+    return kept
 
 
 @contextmanager
@@ -74,24 +118,6 @@ def map_ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iter
                 yield waiting.popleft().result()
         for future in waiting:
             yield future.result()
-
-
-def count_losses(
-    found: Iterable[Fitted | Fault], faults: FaultList, counts: Counter[str]
-) -> Iterator[tuple[Document, ...]]:
-    """The documents of each row that hold a supervised token; what is lost is counted."""
-    for fitted in found:
-        if isinstance(fitted, Fault):
-            faults.add(fitted)
-            counts["num_dropped_refused"] += 1
-            yield ()
-            continue
-        kept = tuple(document for document in fitted.documents if document.num_supervised_tokens)
-        counts["num_dropped_too_long"] += not fitted.documents
-        counts["num_dropped_unsupervised"] += bool(fitted.documents) and not kept
-        counts["num_truncated"] += bool(kept) and fitted.is_truncated
-        counts["num_answers_cut"] += bool(kept) and fitted.is_answer_cut
-        yield kept
 
 
 def pack_file(source: Path, target: Path, row_length: int) -> tuple[int, float]:

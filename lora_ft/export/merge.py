@@ -96,9 +96,11 @@ def lock_merge(out: Path) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
+    path = out.with_name(f".{out.name}.merging.lock")
     try:
-        with FileLock(out.with_name(f".{out.name}.merging.lock"), blocking=False):
+        with FileLock(path, blocking=False):
             yield
+            path.unlink()
     except Timeout as error:
         raise UserError(str(out), None, "Another process is merging into it.", "Wait for it.") from error
 

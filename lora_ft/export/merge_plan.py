@@ -73,12 +73,26 @@ class MergePlan:
     """Tensors of the base that the merged model has no place for, such as the language head under a classifier."""
 
 
+@dataclass(frozen=True)
+class Terms:
+    """What holds for every tensor of a merge."""
+
+    changes: Changes
+    """What the adapters do."""
+    dtype: str | None
+    """safetensors' name of the type of all floating point tensors; as in the base if None."""
+    quantized: Mapping[str, Quantization]
+    """Parameters to be taken as a quantised model held them."""
+    shapes: Mapping[str, tuple[int, ...]]
+    """Shape of every parameter of the merged model."""
+
+
 def plan_merge(
     checkpoint: Mapping[str, StoredTensor],
     model: PreTrainedModel,
     changes: Changes,
     dtype: str | None,
-    keep_unknown: bool,
+    keeps_class: bool,
     quantized: Mapping[str, Quantization],
 ) -> MergePlan:
     """What becomes of every tensor in `checkpoint`, and which tensors come on top.
@@ -86,30 +100,33 @@ def plan_merge(
     Args:
         model: the plain model, on the meta device, with the vocabulary and head of the tuned one.
         dtype: safetensors' name of the type of all floating point tensors; as in the base if None.
-        keep_unknown: whether tensors `model` has no parameter for are copied; they are left out if not.
+        keeps_class: whether the merged model is of the base's class, so that tensors `model` has no parameter for, such
+            as the vision tower of a model trained on text, are copied; they are left out if not.
         quantized: parameters to be taken as a quantised model held them.
 
     Raises:
         UserError: a change of the adapter fits no tensor of the base.
     """
     places = place_tensors(checkpoint, model)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
+    terms = Terms(changes, dtype, quantized, shapes)
     values = {place.parameter: checkpoint[name] for name, place in places.items() if place}
     groups = [group for group in tied_groups(model) if not same_changes(changes, group)]
     tensors = [
-        merged_tensor(stored, places[name], changes, dtype, quantized)
+        merged_tensor(stored, places[name], terms)
         for name, stored in checkpoint.items()
-        if places[name] is not None or keep_unknown
+        if places[name] is not None or keeps_class
     ]
     for group in groups:
         owner = next(values[name] for name in group if name in values)
-        tensors += [added_tensor(name, owner, owner, changes, dtype) for name in group if name not in values]
+        tensors += [added_tensor(name, owner, owner, terms) for name in group if name not in values]
     shared = {name for group in tied_groups(model) for name in group}
     last = list(checkpoint.values())[-1]
     new_heads = changes.replacements.keys() - values.keys() - shared
-    tensors += [added_tensor(name, None, last, changes, dtype) for name in sorted(new_heads)]
-    refuse_unplaced(tensors, changes, model, shared)
+    tensors += [added_tensor(name, None, last, terms) for name in sorted(new_heads)]
+    refuse_unplaced(tensors, terms, shared)
     untied = tuple(name for group in groups for name in group)
-    left_out = tuple(name for name in checkpoint if places[name] is None and not keep_unknown)
+    left_out = tuple(name for name in checkpoint if places[name] is None and not keeps_class)
     return MergePlan(tuple(sorted(tensors, key=lambda tensor: tensor.file)), untied, left_out)
 
 
@@ -121,37 +138,33 @@ def tied_groups(model: PreTrainedModel) -> list[tuple[str, ...]]:
     return [tuple(group) for group in groups.values()]
 
 
-def merged_tensor(
-    stored: StoredTensor,
-    place: Place | None,
-    changes: Changes,
-    dtype: str | None,
-    quantized: Mapping[str, Quantization],
-) -> MergedTensor:
+def merged_tensor(stored: StoredTensor, place: Place | None, terms: Terms) -> MergedTensor:
     """What becomes of one tensor of the base."""
-    merged_dtype = dtype if dtype and stored.dtype in FLOATS else stored.dtype
+    merged_dtype = terms.dtype if terms.dtype and stored.dtype in FLOATS else stored.dtype
     if place is None:
         return MergedTensor(stored.name, stored.path.name, merged_dtype, stored, place, ())
-    updates = tuple(changes.updates.get(place.parameter, ()))
-    source = changes.replacements.get(place.parameter, stored)
-    quantization = quantized.get(place.parameter) if source is stored else None
+    updates = tuple(terms.changes.updates.get(place.parameter, ()))
+    source = terms.changes.replacements.get(place.parameter, stored)
+    quantization = terms.quantized.get(place.parameter) if source is stored else None
     if updates or quantization or source is not stored:
-        refuse_misfit(stored, place, source)
+        refuse_misfit(stored, place, source, terms.shapes[place.parameter])
     return MergedTensor(stored.name, stored.path.name, merged_dtype, source, place, updates, quantization)
 
 
-def added_tensor(
-    parameter: str, value: StoredTensor | None, neighbour: StoredTensor, changes: Changes, dtype: str | None
-) -> MergedTensor:
+def added_tensor(parameter: str, value: StoredTensor | None, neighbour: StoredTensor, terms: Terms) -> MergedTensor:
     """A tensor the base's files do not have, a new head or a weight that was shared, put beside `neighbour`."""
-    source = changes.replacements.get(parameter, value)
+    source = terms.changes.replacements.get(parameter, value)
     assert source is not None, f"{parameter} has no value"
-    updates = tuple(changes.updates.get(parameter, ()))
-    return MergedTensor(parameter, neighbour.path.name, dtype or neighbour.dtype, source, Place(parameter), updates)
+    updates = tuple(terms.changes.updates.get(parameter, ()))
+    dtype = terms.dtype or neighbour.dtype
+    return MergedTensor(parameter, neighbour.path.name, dtype, source, Place(parameter), updates)
 
 
-def refuse_misfit(stored: StoredTensor, place: Place, source: StoredTensor) -> None:
+def refuse_misfit(stored: StoredTensor, place: Place, source: StoredTensor, shape: tuple[int, ...]) -> None:
     """Nothing if the tensor is such a part of its parameter that a change of the parameter can be told for it.
+
+    Args:
+        shape: that of the parameter.
 
     Raises:
         UserError: transformers computes the parameter from the stored tensors in a way that is not undone here.
@@ -162,11 +175,14 @@ def refuse_misfit(stored: StoredTensor, place: Place, source: StoredTensor) -> N
     if place.expert is not None and source is not stored:
         rule = "The adapter replaces a whole stack of experts, which the base stores one by one."
         raise UserError(stored.name, None, rule, "Use it as an adapter.")
+    if place.expert is None and source.shape != shape:
+        rule = f"The model needs {list(shape)} here; the adapter brings no weight of that shape."
+        raise UserError(
+            stored.name, list(source.shape), rule, "Save the adapter with the embeddings it was trained with."
+        )
 
 
-def refuse_unplaced(
-    tensors: Sequence[MergedTensor], changes: Changes, model: PreTrainedModel, shared: Collection[str]
-) -> None:
+def refuse_unplaced(tensors: Sequence[MergedTensor], terms: Terms, shared: Collection[str]) -> None:
     """Nothing if every change has found all of its parameter.
 
     Raises:
@@ -176,16 +192,13 @@ def refuse_unplaced(
     for tensor in tensors:
         if tensor.place:
             found[tensor.place.parameter] += count_elements(tensor.source.shape)
-    state = model.state_dict()
     faults = []
-    for parameter in sorted(changes.updates.keys() | changes.replacements.keys()):
-        expected = state[parameter].numel() if parameter in state else 0
+    for parameter in sorted(terms.changes.updates.keys() | terms.changes.replacements.keys()):
+        expected = count_elements(terms.shapes[parameter]) if parameter in terms.shapes else 0
         if parameter in shared and not found[parameter]:
             continue
         if found[parameter] != expected or not expected:
-            rule = (
-                f"The adapter changes {expected} weights here; the merged files would hold {found[parameter]} of them."
-            )
+            rule = f"The adapter changes {expected} weights here; the merged files would hold {found[parameter]}."
             faults.append(Fault(parameter, None, rule, "Give the base the adapter was trained on with --base."))
     raise_faults(faults)
 

@@ -68,8 +68,8 @@ def write_config(merge: Merge, folder: Path) -> None:
         config.pop("torch_dtype", None)
         config["dtype"] = merge.dtype
     config.pop("quantization_config", None)
-    config["architectures"] = [type(model).__name__]
     if merge.is_classifier:
+        config["architectures"] = [type(model).__name__]
         config["id2label"] = {str(index): label for index, label in model.config.id2label.items()}
         config["label2id"] = model.config.label2id
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -85,13 +85,13 @@ def prepare_merge(
     first = parts[0].adapter
     model = build_plain(identity.folder, first)
     checkpoint = read_checkpoint(identity.folder)
+    keeps_class = first.config.task_type not in CLASSIFIER_TASKS
     is_packed = any(tensor.parts for tensor in checkpoint.values())
     refuse_original(is_packed and onto == "original", identity)
     quantized = {}
     if onto == "quantized" and not is_packed:
         quantized = quantized_parameters(build_plain(identity.folder, first), recorded_arithmetic(first))
-    same_class = model.config.architectures in (None, [], [type(model).__name__])
-    plan = plan_merge(checkpoint, model, combine_changes(changes), stored_name(dtype), same_class, quantized)
+    plan = plan_merge(checkpoint, model, combine_changes(changes), stored_name(dtype), keeps_class, quantized)
     return Merge(tuple(parts), identity, onto, dtype, model, plan)
 
 

@@ -154,7 +154,10 @@ def expected_shapes(skeleton: PeftModel, adapter: Adapter) -> dict[str, tuple[in
     Whole embeddings belong there if the vocabulary was enlarged, and may lie there otherwise: PEFT stores them beside
     a LoRA on embeddings.
     """
-    required, complete = adapter_shapes(skeleton, False), adapter_shapes(skeleton, True)
+    required = adapter_shapes(skeleton, False)
+    if adapter.shapes.keys() <= required.keys():
+        return required
+    complete = adapter_shapes(skeleton, True)
     embeddings = complete.keys() - required.keys()
     return complete if embeddings & adapter.shapes.keys() else required
 

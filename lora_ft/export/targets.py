@@ -118,7 +118,7 @@ def linear_updates(name: str, module: Any, tensors: Mapping[str, torch.Tensor]) 
             rule = "lora_bias adds to a bias, and this layer of the base has none to add to."
             raise UserError("lora_bias", plain_name(name), rule, "Use it as an adapter.")
         key = f"{name}.lora_B.bias"
-        update = Update("lora_bias", name, module.scaling[NAME], {"bias": tensors[key]})
+        update = Update("lora_bias", module.scaling[NAME], {"bias": tensors[key]})
         found.append((f"{plain_name(name)}.bias", update, {key}))
     return found
 
@@ -137,7 +137,7 @@ def factor_update(
     if NAME in module.lora_magnitude_vector:
         kind, keys = "dora", {**keys, "magnitude": f"{name}.lora_magnitude_vector"}
     roles = {role: tensors[key] for role, key in keys.items()}
-    return Update(kind + "_transposed" * transposed, name, module.scaling[NAME], roles), set(keys.values())
+    return Update(kind + "_transposed" * transposed, module.scaling[NAME], roles), set(keys.values())
 
 
 def parameter_updates(name: str, module: Any, tensors: Mapping[str, torch.Tensor]) -> list[Found]:
@@ -148,7 +148,7 @@ def parameter_updates(name: str, module: Any, tensors: Mapping[str, torch.Tensor
     stacked = module.get_param().ndim == 3
     transposed = stacked and not module._did_swap_in_out_features
     kind = ("lora_experts" if stacked else "lora") + "_transposed" * transposed
-    update = Update(kind, name, module.scaling[NAME], roles, experts=module.num_experts)
+    update = Update(kind, module.scaling[NAME], roles, experts=module.num_experts)
     return [(parameter, update, set(keys.values()))]
 
 
@@ -156,7 +156,7 @@ def token_updates(name: str, module: Any, tensors: Mapping[str, torch.Tensor]) -
     """Trained rows of an embedding matrix; a tied output layer shows the rows of the input layer."""
     key = f"{name}.trainable_tokens_delta"
     token_ids = tuple((module.tied_adapter or module).token_indices[NAME])
-    update = Update("trainable_tokens", name, 1.0, {"rows": tensors[key]}, token_ids=token_ids)
+    update = Update("trainable_tokens", 1.0, {"rows": tensors[key]}, token_ids=token_ids)
     return [(f"{plain_name(name)}.weight", update, {key})]
 
 

@@ -22,8 +22,6 @@ class Update:
 
     kind: str
     """Key of `KINDS`."""
-    module: str
-    """The adapted module, as the adapter's keys name it."""
     scale: float
     """What the product of the factors is multiplied by: alpha / r or alpha / sqrt(r), times the adapter's weight."""
     tensors: Mapping[str, torch.Tensor]

@@ -15,6 +15,7 @@ from lora_ft.export.fresh import ask_fresh, identity_fields
 from lora_ft.export.save import idle_modules, refuse_broken
 from lora_ft.export.skeleton import build_skeleton, expected_shapes, key_faults
 from lora_ft.export.verify_merged import verify_merged
+from lora_ft.export.vllm import fit_vllm
 from lora_ft.fingerprint import BaseIdentity, hash_tensors
 
 RUN_NAME = "run.json"
@@ -92,6 +93,7 @@ def verify_adapter(path: Path, quick: bool, base: str | None, trust_remote_code:
     yield check_base(adapter, identity)
     keys = check_keys(adapter, identity)
     yield keys
+    yield describe_vllm(adapter)
     if keys.ok and not quick:
         yield check_samples(adapter, identity)
 
@@ -128,6 +130,13 @@ def check_keys(adapter: Adapter, base: BaseIdentity) -> Finding:
     """Whether the file holds exactly the tensors PEFT will look for, in the shapes the base has."""
     faults = key_faults(adapter.shapes, expected_shapes(build_skeleton(base.folder, adapter), adapter))
     return Finding("keys", not faults, "; ".join(faults) or f"{len(adapter.shapes)} keys and shapes fit the base")
+
+
+def describe_vllm(adapter: Adapter) -> Finding:
+    """Whether vLLM can serve it, for information: an adapter is none the worse if it cannot."""
+    fit = fit_vllm(adapter)
+    detail = "; ".join(fit.faults) or f"serves it with --enable-lora --max-lora-rank {fit.max_lora_rank}"
+    return Finding("vllm", True, f"does not serve it as it is: {detail}" if fit.faults else detail)
 
 
 def check_samples(adapter: Adapter, base: BaseIdentity) -> Finding:

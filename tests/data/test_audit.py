@@ -112,6 +112,7 @@ def test_losses_are_warnings(write_rows):
     report = audit(write_rows, rows, max_length=40, on_bad_row="skip", split=SplitSection(0, 0))
     assert count(report, "bad rows skipped") == 1 and count(report, "rows without a supervised token") == 1
     assert {"bad rows skipped", "rows without a supervised token"} <= {check.name for check in report.warnings}
+    assert "rows.jsonl:91" in printed(report), "the row that lost its answer is named"
 
 
 def test_labels_are_counted_and_unevenness_noted(write_rows):

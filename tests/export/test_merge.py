@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import CASES, CONFIGS, TASKS, Case, add_adapter, make_base, make_tuned
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from tiny_models import CASES, CONFIGS, SHAPE, TASKS, Case, add_adapter, make_base, make_tuned
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, Qwen3_5Config
 
 from lora_ft.errors import UserError
 from lora_ft.export.merge import merge_adapter
@@ -249,6 +249,26 @@ def test_values_too_large_for_the_type_are_an_error(plain, tmp_path):
     with pytest.raises(RunFailed, match=r"model\.norm\.weight"):
         merge_adapter(tmp_path / "adapter", tmp_path / "merged", dtype="float16", prove=False)
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_vision_tower_that_text_never_reached_is_kept(tmp_path):
+    """The text part of a multimodal base is trained; the merged model is the whole base again, of its own class."""
+    vision = {"hidden_size": 32, "intermediate_size": 64, "depth": 1, "num_heads": 2, "out_hidden_size": 64}
+    text = {**SHAPE, "num_hidden_layers": 4, "head_dim": 16}
+    whole = AutoModelForImageTextToText.from_config(Qwen3_5Config(text_config=text, vision_config=vision))
+    whole.save_pretrained(tmp_path / "base")
+    tuned = add_adapter(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), CASES["lora"].lora)
+    identity = identify_base(str(tmp_path / "base"), tmp_path / "base")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    save_adapter(tuned, None, tmp_path / "adapter", base=identity, samples=ids.tolist())
+    report = merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+    assert report.verdict == "equal"
+    held = [load_file(tmp_path / folder / "model.safetensors") for folder in ("base", "merged")]
+    assert held[0].keys() == held[1].keys()
+    assert all(torch.equal(held[0][key], held[1][key]) for key in held[0] if "visual" in key)
+    config = AutoConfig.from_pretrained(tmp_path / "merged")
+    assert config.architectures == ["Qwen3_5ForConditionalGeneration"]
+    load_merged(tmp_path / "merged", AutoModelForImageTextToText)
 
 
 OWN_CODE = """

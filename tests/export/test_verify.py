@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import CASES, CONFIGS, add_adapter, make_base
+from tiny_models import CASES, CONFIGS, add_adapter, make_base, make_tuned
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lora_ft.errors import UserError
@@ -48,7 +48,15 @@ def test_a_4bit_adapter_answers_in_a_fresh_process_as_it_did_live(tmp_path):
     report = verify_folder(tmp_path / "run")
     assert report.ok
     names = [finding.name for finding in report.findings]
-    assert names == ["run", "files", "values", "base", "keys", "samples"]
+    assert names == ["run", "files", "values", "base", "keys", "vllm", "samples"]
+    assert "within 0.0e+00" in report.findings[-1].detail
+
+
+def test_a_classifier_answers_in_a_fresh_process_with_the_head_it_was_trained_with(tmp_path):
+    """Failure mode 30: a head that was not saved would be made up anew."""
+    tuned = make_tuned(CASES["classifier"], tmp_path)
+    report = verify_folder(tuned.adapter)
+    assert report.ok
     assert "within 0.0e+00" in report.findings[-1].detail
 
 
@@ -102,7 +110,7 @@ def test_keys_are_strict_both_ways(copied, change, detail):
     rewrite(copied, change)
     report = verify_folder(copied, quick=True)
     assert faults(report) == ["keys"]
-    assert detail in report.findings[-1].detail
+    assert detail in next(finding.detail for finding in report.findings if not finding.ok)
 
 
 @pytest.mark.parametrize(("factor", "detail"), [(float("inf"), "finite"), (0.0, "changes nothing")])
