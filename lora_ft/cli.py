@@ -74,6 +74,10 @@ def build_parser() -> argparse.ArgumentParser:
     check = add("check", check_command, "check a recipe and audit its data, and say what would be run")
     add_recipe(check)
     check.add_argument("--no-data", action="store_true", help="the recipe alone: neither base nor data are looked for")
+    plan = add("plan", plan_command, "say how much memory a training step takes, from the base's config alone")
+    add_recipe(plan)
+    plan.add_argument("--device", help="memory of a GPU to plan for ('24 GiB'); this machine's if left out")
+    plan.add_argument("--gpus", type=int, default=1, help="how many of them share a step")
     preview = add("preview", preview_command, "show rows as the model sees them, with what is learned in colour")
     add_recipe(preview)
     preview.add_argument("-n", "--rows", type=int, default=3, help="how many rows")
@@ -148,6 +152,34 @@ def check_command(options: argparse.Namespace) -> None:
     print(dump_recipe(recipe), end="")
     if audit is not None:
         print_audit(audit)
+
+
+def plan_command(options: argparse.Namespace) -> int:
+    from lora_ft.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)
+
+    from lora_ft.model.load import find_base
+    from lora_ft.model.machine import probe_machine
+    from lora_ft.model.memory import Hardware
+    from lora_ft.model.planning import describe_hardware, parse_memory, plan_memory
+    from lora_ft.run import settle_recipe
+
+    hardware = describe_hardware(probe_machine(), options.gpus)
+    if options.device is not None:
+        hardware = Hardware("cuda", parse_memory(options.device), options.gpus)
+    base = find_base(recipe.model.base, recipe.model.revision, recipe.model.trust_remote_code)
+    planned = plan_memory(settle_recipe(recipe), base.folder, hardware)
+    if options.json:
+        options.emit(planned.to_json())
+    else:
+        for cause in planned.plan.causes:
+            print(f"{cause.num_bytes / 2**20:10.1f} MiB  {cause.name:24} {cause.note}")
+        peak, limit = (size / 2**20 for size in (planned.plan.peak_bytes, planned.plan.limit_bytes))
+        print(f"{peak:10.1f} MiB  peak; {'fits' if planned.plan.fits else 'does not fit'} in {limit:.0f} MiB")
+        for change in planned.changes:
+            print(f"fits with: {change}")
+    return 0 if planned.plan.fits else 1
 
 
 def preview_command(options: argparse.Namespace) -> None:

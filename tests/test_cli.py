@@ -78,6 +78,15 @@ def test_check_prints_the_recipe_with_reasons(recipe_file, capsys):
     assert "  dtype: " in out and "# chosen: " in out.partition("dtype: ")[2].splitlines()[0]
 
 
+def test_plan_says_what_fits_and_what_would(recipe_file, capsys):
+    path = str(recipe_file())
+    assert main(["plan", path, "--device", "24 GiB", "--json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["fits"] and planned["peak_bytes"] == sum(cause["num_bytes"] for cause in planned["causes"])
+    assert main(["plan", path, "--device", "1 MiB"]) == 1
+    assert "does not fit" in capsys.readouterr().out
+
+
 def test_recipes_are_listed_and_copied(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["recipes", "--json"]) == 0

@@ -143,9 +143,40 @@ def prefers_fused_lora(device_type: str) -> bool:
     return device_type == "cpu"
 
 
-def can_keep_unpacked(num_bytes: int) -> bool:
+def can_keep_unpacked(num_bytes: int, memory_bytes: int | None = None) -> bool:
     """Whether 4-bit weights may also lie unpacked in memory, for a tenth of a step: if they take a twentieth of it."""
-    return num_bytes <= _main_memory_bytes() // 20
+    return num_bytes <= (memory_bytes or _main_memory_bytes()) // 20
+
+
+@dataclass(frozen=True)
+class MemoryTraits:
+    """What a kind of device adds to what tensors take, and how much of it may be used."""
+
+    library_bytes: int
+    """What the imported libraries take of it."""
+    runtime_bytes: int
+    """What the first step adds: kernels, workspaces, code."""
+    slack_share: float
+    """Gaps the allocator leaves, as a share of what autograd keeps."""
+    wide_tensors: float
+    """Tensors of the width of a layer that are alive at once in its backward pass, beside what autograd keeps."""
+    logits_bytes: int
+    """Logits held at once."""
+    embedding_share: float
+    """Share of the embeddings' table that is there: on a CPU it is mapped from its file, and rows come as tokens do."""
+    usable_share: float
+    """Share of its memory that a step may take."""
+
+
+def memory_traits(kind: str) -> MemoryTraits:
+    """What is known of `cpu` or `cuda`.
+
+    CPU: fitted to tests/model/memory_measurements.json; glibc's heap leaves gaps. CUDA: a context is 0.5 GiB, tensors
+    are counted from the code, as in Llama's MLP (gradients of gate, up and their product), and not yet measured.
+    """
+    if kind == "cpu":
+        return MemoryTraits(512_000_000, 56_000_000, 0.16, 11, 32 * 2**20, 0.1, 0.9)
+    return MemoryTraits(0, 600 * 2**20, 0.02, 3, 300 * 2**20, 1.0, 0.95)
 
 
 def _impossible(recipe: Recipe, machine: Machine) -> Iterator[Fault]:

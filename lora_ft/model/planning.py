@@ -1,0 +1,304 @@
+"""From a recipe to a memory plan, and from a plan that does not fit to the settings that would.
+
+The rows of an optimizer step stay as they are: what a batch loses, accumulation gains.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lora_ft.errors import UserError
+from lora_ft.model.machine import Machine
+from lora_ft.model.memory import Hardware, MemoryPlan, Workload, plan_step
+from lora_ft.model.profile import ModelProfile, profile_model
+from lora_ft.sections import Choice, Recipe
+
+AUTO = "auto"
+DEFAULT_ROWS = 16
+"""Rows a device puts into an optimizer step where the batch size is `auto` and nothing else is said."""
+SHORTEST, LOWEST_RANK = 128, 4
+"""No shorter row and no lower rank is proposed."""
+LORA_SHAPE = (
+    "r",
+    "target_modules",
+    "rank_pattern",
+    "modules_to_save",
+    "use_dora",
+    "lora_dropout",
+    "layers_to_transform",
+)
+"""Settings of a saved adapter that decide how large it is."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """Settings under which the step fits, ready to paste."""
+
+    settings: dict[str, Any]
+    """`section.key` → value; `--config_file` is for accelerate launch."""
+    plan: MemoryPlan
+    """What the step takes then."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"settings": self.settings, "peak_bytes": self.plan.peak_bytes, "fits": self.plan.fits}
+
+    def __str__(self) -> str:
+        words = [f"{key} {value}" if key.startswith("--") else f"{key}={value}" for key, value in self.settings.items()]
+        return f"{' '.join(words)}  ({self.plan.peak_bytes / 2**30:.1f} GiB)"
+
+
+@dataclass(frozen=True)
+class RecipePlan:
+    """What a recipe takes on some hardware."""
+
+    recipe: Recipe
+    """The recipe, with `auto` settled and checkpointing chosen."""
+    plan: MemoryPlan
+    """Of its largest step."""
+    changes: tuple[Change, ...]
+    """What would make it fit, if it does not."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**self.plan.to_json(), "changes": [change.to_json() for change in self.changes]}
+
+
+def plan_memory(recipe: Recipe, base_folder: Path, hardware: Hardware) -> RecipePlan:
+    """The memory plan of a recipe, from the config of its base alone.
+
+    What the recipe leaves open is settled on the way: gradient checkpointing is chosen only if the step does not fit
+    without, and `per_device_train_batch_size: auto` becomes the largest batch that fits.
+    """
+    profile = profile_recipe(recipe, base_folder)
+    recipe, work = _settle_checkpointing(*_settle_batch(recipe, profile, hardware), profile, hardware)
+    plan = plan_step(profile, work, hardware)
+    changes = () if plan.fits else find_changes(Step(profile, work, hardware), (recipe.lora or {}).get("r", 8))
+    return RecipePlan(recipe, plan, changes)
+
+
+def settle_memory(recipe: Recipe, base_folder: Path, hardware: Hardware) -> Recipe:
+    """The recipe with checkpointing and batch size settled.
+
+    Raises:
+        UserError: a step does not fit; with what takes the memory, and what would make it fit.
+    """
+    planned = plan_memory(recipe, base_folder, hardware)
+    if planned.plan.fits:
+        return planned.recipe
+    largest = sorted(planned.plan.causes, key=lambda cause: -cause.num_bytes)[:3]
+    takes = ", ".join(f"{cause.name} {cause.num_bytes / 2**30:.1f} GiB" for cause in largest)
+    peak, limit = (size / 2**30 for size in (planned.plan.peak_bytes, planned.plan.limit_bytes))
+    rule = f"A step takes about {peak:.1f} GiB here, and {limit:.1f} GiB are there. Most of it: {takes}."
+    fix = " or ".join(str(change) for change in planned.changes) or "No setting is enough; take a smaller base."
+    raise UserError("training", None, rule, f"Fits with: {fix}" if planned.changes else fix)
+
+
+def describe_hardware(machine: Machine, num_devices: int = 1, sharding: str = "none") -> Hardware:
+    """The hardware of this process: its machine, shared by the CPU processes of a launch."""
+    kind = machine.device.partition(":")[0]
+    memory = machine.memory_bytes // num_devices if kind == "cpu" else machine.memory_bytes
+    return Hardware(kind, memory, num_devices, sharding)
+
+
+def parse_memory(text: str) -> int:
+    """Bytes in `24 GiB`, `80GB` or `16 g`.
+
+    Raises:
+        UserError: it is no size.
+    """
+    match = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise UserError("--device", text, "This is no size of memory.", 'Write "24 GiB", say.')
+    number, prefix, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix.lower() or " "))
+
+
+def profile_recipe(recipe: Recipe, base_folder: Path) -> ModelProfile:
+    """The profile of the recipe's base with its adapter."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(base_folder, trust_remote_code=recipe.model.trust_remote_code)
+    lora = recipe.lora
+    if lora is None:
+        from peft import PeftConfig
+
+        assert recipe.model.adapter is not None, "a recipe has a section lora, or goes on with an adapter"
+        lora = {k: v for k, v in PeftConfig.from_pretrained(recipe.model.adapter).to_dict().items() if k in LORA_SHAPE}
+    dtype = recipe.model.dtype if recipe.model.dtype != AUTO else "bfloat16"
+    skipped = tuple((recipe.quantization or {}).get("llm_int8_skip_modules") or ())
+    return profile_model(config, dtype, lora, skipped)
+
+
+LORA_SHAPE = (
+    "r",
+    "target_modules",
+    "rank_pattern",
+    "modules_to_save",
+    "use_dora",
+    "lora_dropout",
+    "layers_to_transform",
+)
+"""Settings of a saved adapter that decide how large it is."""
+
+
+def describe_work(recipe: Recipe) -> Workload:
+    """The largest step of a recipe: every row as long as `data.max_length`."""
+    training = recipe.training
+    batch = training.get("per_device_train_batch_size", 8)
+    return Workload(
+        batch_size=1 if batch == AUTO else batch,
+        length=recipe.data.max_length,
+        quantization=recipe.quantization,
+        checkpointing=bool(training.get("gradient_checkpointing", False)),
+        accumulation=training.get("gradient_accumulation_steps", 1),
+        optimizer=training.get("optim", "adamw_torch_fused"),
+    )
+
+
+def _settle_batch(recipe: Recipe, profile: ModelProfile, hardware: Hardware) -> tuple[Recipe, Workload]:
+    """With `auto`, the largest batch that divides the rows of a step and fits; without checkpointing, if one does."""
+    work = describe_work(recipe)
+    if recipe.training.get("per_device_train_batch_size") != AUTO:
+        return recipe, work
+    rows = recipe.training.get("gradient_accumulation_steps", DEFAULT_ROWS)
+    options = [False, True] if _is_open(recipe, "gradient_checkpointing") else [work.checkpointing]
+    for checkpointing in options:
+        for batch in (size for size in range(rows, 0, -1) if rows % size == 0):
+            tried = replace(work, batch_size=batch, accumulation=rows // batch, checkpointing=checkpointing)
+            if plan_step(profile, tried, hardware).fits:
+                return _write_batch(recipe, tried), tried
+    return _write_batch(recipe, replace(work, accumulation=rows)), replace(work, accumulation=rows)
+
+
+def _write_batch(recipe: Recipe, work: Workload) -> Recipe:
+    sizes = {"per_device_train_batch_size": work.batch_size, "gradient_accumulation_steps": work.accumulation}
+    reasons = {
+        "per_device_train_batch_size": "the largest that fits, by the memory plan",
+        "gradient_accumulation_steps": f"for {work.batch_size * work.accumulation} rows a step",
+    }
+    choices = tuple(Choice(f"training.{key}", value, reasons[key]) for key, value in sizes.items())
+    return replace(recipe, training={**recipe.training, **sizes}, choices=(*recipe.choices, *choices))
+
+
+def _is_open(recipe: Recipe, key: str) -> bool:
+    """Whether the recipe itself says nothing about a key of `training`."""
+    return key not in recipe.training or f"training.{key}" in {choice.key for choice in recipe.choices}
+
+
+def _settle_checkpointing(
+    recipe: Recipe, work: Workload, profile: ModelProfile, hardware: Hardware
+) -> tuple[Recipe, Workload]:
+    if not _is_open(recipe, "gradient_checkpointing") or recipe.training.get("activation_checkpointing") is not None:
+        return recipe, work
+    without = plan_step(profile, replace(work, checkpointing=False), hardware)
+    peak, limit = (f"{size / 2**30:.1f} GiB" for size in (without.peak_bytes, without.limit_bytes))
+    verb = "takes" if without.fits else "would take"
+    choice = Choice("training.gradient_checkpointing", not without.fits, f"a step {verb} {peak} of {limit} without")
+    training = {**recipe.training, "gradient_checkpointing": not without.fits}
+    others = (each for each in recipe.choices if each.key != choice.key)
+    settled = replace(recipe, training=training, choices=(*others, choice))
+    return settled, replace(work, checkpointing=not without.fits)
+
+
+Shrunk = Iterator[tuple[dict[str, Any], "Step"]]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training step somewhere."""
+
+    profile: ModelProfile
+    """The model."""
+    work: Workload
+    """What it is given."""
+    hardware: Hardware
+    """Where it runs."""
+
+    def plan(self) -> MemoryPlan:
+        """Its memory."""
+        return plan_step(self.profile, self.work, self.hardware)
+
+
+def find_changes(step: Step, rank: int) -> tuple[Change, ...]:
+    """For each single way of making the step fit, the least that does; where none does, the shortest heap of ways."""
+    singles = []
+    for shrink in SHRINKS:
+        fitting = (Change(settings, smaller.plan()) for settings, smaller in shrink(step, rank) if smaller.plan().fits)
+        singles += list(fitting)[:1]
+    if singles:
+        return tuple(singles)
+    settings: dict[str, Any] = {}
+    for shrink in SHRINKS:
+        ways = list(shrink(step, rank))
+        if ways:
+            added, step = ways[-1]
+            settings |= added
+            if step.plan().fits:
+                return (Change(settings, step.plan()),)
+    return ()
+
+
+def _checkpoint(step: Step, rank: int) -> Shrunk:
+    if not step.work.checkpointing:
+        yield {"training.gradient_checkpointing": True}, replace(step, work=replace(step.work, checkpointing=True))
+
+
+def _smaller_batch(step: Step, rank: int) -> Shrunk:
+    rows = step.work.batch_size * step.work.accumulation
+    for batch in (size for size in range(step.work.batch_size - 1, 0, -1) if rows % size == 0):
+        sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": rows // batch}
+        work = replace(step.work, batch_size=batch, accumulation=rows // batch)
+        yield {f"training.{key}": size for key, size in sizes.items()}, replace(step, work=work)
+
+
+def _quantise(step: Step, rank: int) -> Shrunk:
+    if not (step.work.quantization or {}).get("load_in_4bit"):
+        fields = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        settings = {f"quantization.{key}": value for key, value in fields.items()}
+        yield settings, replace(step, work=replace(step.work, quantization=fields))
+
+
+def _shard(step: Step, rank: int) -> Shrunk:
+    if step.hardware.num_devices > 1:
+        for stage in ("zero2", "zero3"):
+            if step.hardware.sharding in ("none", "zero1") or stage > step.hardware.sharding > "zero":
+                launch = {"--config_file": f"accelerate_configs/{stage}.yaml"}
+                yield launch, replace(step, hardware=replace(step.hardware, sharding=stage))
+
+
+def _shorter_rows(step: Step, rank: int) -> Shrunk:
+    length = step.work.length // 2
+    while length >= SHORTEST:
+        yield {"data.max_length": length}, replace(step, work=replace(step.work, length=length))
+        length //= 2
+
+
+def _lower_rank(step: Step, rank: int) -> Shrunk:
+    lower = rank // 2
+    while lower >= LOWEST_RANK:
+        trained = step.profile.trained_parameters * lower // rank
+        yield {"lora.r": lower}, replace(step, profile=replace(step.profile, trained_parameters=trained))
+        lower //= 2
+
+
+def _offload(step: Step, rank: int) -> Shrunk:
+    if step.hardware.kind == "cuda" and not step.hardware.offload:
+        hardware = replace(step.hardware, sharding="zero3", offload=("optimizer", "parameters"))
+        yield {"--config_file": "accelerate_configs/zero3_offload.yaml"}, replace(step, hardware=hardware)
+
+
+SHRINKS: tuple[Callable[[Step, int], Shrunk], ...] = (
+    _checkpoint,
+    _smaller_batch,
+    _quantise,
+    _shard,
+    _shorter_rows,
+    _lower_rank,
+    _offload,
+)
+"""Ways to make a step smaller, those that change least about the result first; each goes from the least to the most."""

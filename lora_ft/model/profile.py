@@ -1,0 +1,218 @@
+"""What a model holds per parameter and per token, counted on the meta device: no weight is read, none is made.
+
+What the backward pass needs is counted, not guessed: the model's own forward is run on tensors that have a shape and
+no memory, and what autograd keeps of it is added up. A new architecture, a rank pattern or DoRA needs no change here.
+
+Shapes: T tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from lora_ft.recipe import LORAPLUS
+
+PROBES = (64, 128)
+"""Tokens of the two forward passes that are counted; between them lies what grows with tokens, and what does not."""
+
+
+@dataclass(frozen=True)
+class ModelProfile:
+    """A base with an adapter, per parameter and per token."""
+
+    linear_parameters: int
+    """Parameters of the matrices that bitsandbytes quantises."""
+    largest_matrix: int
+    """Parameters of the largest of them."""
+    other_parameters: int
+    """Embeddings, head, norms, biases: what is never quantised."""
+    embedding_parameters: int
+    """Those of them in a table of which a step reads only the rows of its tokens; none where the head is tied to it."""
+    trained_parameters: int
+    """Parameters of the adapter, and of modules trained whole."""
+    layer_parameters: int
+    """Parameters of the largest layer: what ZeRO-3 and FSDP gather at once."""
+    layer_bytes: tuple[int, ...]
+    """What autograd keeps of each layer, in bytes a token."""
+    outer_bytes: int
+    """What it keeps outside of layers, in bytes a token."""
+    fixed_bytes: int
+    """What it keeps however few tokens there are: weights that PEFT adds the product of A and B to, as with experts."""
+    hidden_size: int
+    """D."""
+    widest: int
+    """Largest number of inputs or outputs of a matrix in a layer."""
+    vocab_size: int
+    """V."""
+    num_heads: int
+    """Heads of attention."""
+    dtype_bytes: int
+    """Bytes of a number in the forward pass."""
+
+
+def profile_model(config: Any, dtype: str, lora: dict[str, Any], skip_modules: tuple[str, ...] = ()) -> ModelProfile:
+    """The profile of a causal language model of this config with an adapter, computing in `dtype`.
+
+    `skip_modules` are those that `llm_int8_skip_modules` keeps from quantisation.
+    """
+    import torch
+
+    with torch.device("meta"):
+        model = _build_on_meta(config, getattr(torch, dtype))
+        matrices = _find_matrices(model, skip_modules)
+        sizes = [weight.numel() for weight in matrices]
+        total = sum(parameter.numel() for parameter in model.parameters())
+        embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        table = 0 if embeddings is head else embeddings.numel()
+        layers = _find_layers(model)
+        layer_parameters = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
+        tuned = _attach_on_meta(model, lora)
+        few, many = (_count_kept(tuned, layers, count) for count in PROBES)
+    slope = {key: (many[key] - few[key]) // (PROBES[1] - PROBES[0]) for key in many}
+    text = config.get_text_config()
+    return ModelProfile(
+        linear_parameters=sum(sizes),
+        largest_matrix=max(sizes),
+        other_parameters=total - sum(sizes),
+        embedding_parameters=table,
+        trained_parameters=sum(p.numel() for p in tuned.parameters() if p.requires_grad),
+        layer_parameters=layer_parameters,
+        layer_bytes=tuple(slope[index] for index in range(len(layers))),
+        outer_bytes=slope[None],
+        fixed_bytes=sum(few[key] - slope[key] * PROBES[0] for key in many),
+        hidden_size=text.hidden_size,
+        widest=max(max(weight.shape) for weight in matrices),
+        vocab_size=text.vocab_size,
+        num_heads=text.num_attention_heads,
+        dtype_bytes=getattr(torch, dtype).itemsize,
+    )
+
+
+def _build_on_meta(config: Any, dtype: Any) -> Any:
+    from transformers import AttentionInterface, AutoModelForCausalLM
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    AttentionInterface.register("profile", _attend)
+    ALL_EXPERTS_FUNCTIONS.register("profile", _run_experts)
+    options = {"dtype": dtype, "attn_implementation": "profile", "experts_implementation": "profile"}
+    return AutoModelForCausalLM.from_config(config, **options).requires_grad_(False)
+
+
+def _find_matrices(model: Any, skip_modules: tuple[str, ...]) -> list[Any]:
+    """The weights that bitsandbytes quantises: those of linear layers, but for the head and what is tied to it."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    return [
+        module.weight
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module is not head and not any(s in name for s in skip_modules)
+    ]
+
+
+def _attach_on_meta(model: Any, lora: dict[str, Any]) -> Any:
+    """The model with the adapter, all in the type the model computes in, as autocast has it."""
+    from peft import LoraConfig, get_peft_model
+
+    fields = {key: value for key, value in lora.items() if key not in (LORAPLUS, "init_lora_weights")}
+    tuned = get_peft_model(model, LoraConfig(**fields, task_type="CAUSAL_LM"), autocast_adapter_dtype=False)
+    for parameter in tuned.parameters():
+        parameter.data = parameter.data.to(model.dtype)
+    return tuned.train()
+
+
+def _find_layers(model: Any) -> list[Any]:
+    """The layers that gradient checkpointing computes again."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)] or [model]
+
+
+def _count_kept(tuned: Any, layers: list[Any], num_tokens: int) -> Counter[int | None]:
+    """Bytes that autograd keeps of a forward pass over `num_tokens` tokens, by number of the layer; None outside."""
+    import torch
+
+    kept: Counter[int | None] = Counter()
+    own = {tensor.untyped_storage()._cdata for tensor in (*tuned.parameters(), *tuned.buffers())}
+    alive: list[torch.Tensor] = []
+    inside: list[int | None] = [None]
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:  # neither a weight nor something counted before
+            own.add(storage._cdata)
+            kept[inside[0]] += storage.nbytes()
+        alive.append(tensor)
+        return tensor
+
+    counted = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with _watched(layers, inside), _no_autocast(), counted:
+        ids = torch.zeros(1, num_tokens, dtype=torch.long)
+        tuned.get_base_model().base_model(input_ids=ids, use_cache=False)
+    return kept
+
+
+@contextmanager
+def _watched(layers: list[Any], inside: list[int | None]) -> Iterator[None]:
+    """`inside[0]` is the number of the layer that is running."""
+    hooks = []
+    for index, layer in enumerate(layers):
+        hooks.append(layer.register_forward_pre_hook(lambda *_, index=index: inside.__setitem__(0, index)))
+        hooks.append(layer.register_forward_hook(lambda *_: inside.__setitem__(0, None)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _no_autocast() -> Iterator[None]:
+    """Autocast that does nothing: the meta device has none, and PEFT switches it off around the weights of experts."""
+    import torch
+
+    autocast = torch.autocast
+    torch.autocast = lambda *_, **__: nullcontext()
+    try:
+        yield
+    finally:
+        torch.autocast = autocast
+
+
+def _attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> tuple[Any, None]:
+    """Attention that keeps what a fused kernel keeps: queries, keys, values and its output, no probabilities."""
+    return _fused_attention().apply(query, key, value), None
+
+
+def _run_experts(experts: Any, hidden: Any, top_k_index: Any, top_k_weights: Any) -> Any:
+    """A mixture that keeps what transformers' grouped products keep; which expert a token goes to does not matter."""
+    chosen = hidden.repeat_interleave(top_k_index.shape[-1], dim=0)
+    first, last = (experts.gate_up_proj if experts.has_gate else experts.up_proj)[0], experts.down_proj[0]
+    wide = chosen @ (first if experts.is_transposed else first.t())
+    wide = experts._apply_gate(wide) if experts.has_gate else experts.act_fn(wide)
+    out = (wide @ (last if experts.is_transposed else last.t())) * top_k_weights.reshape(-1, 1).to(hidden.dtype)
+    return out.view(len(hidden), -1, hidden.shape[-1]).sum(dim=1)
+
+
+@cache
+def _fused_attention() -> Any:
+    import torch
+
+    class FusedAttention(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, query: Any, key: Any, value: Any) -> Any:
+            out = torch.empty_like(query.transpose(1, 2)[..., : value.shape[-1]])
+            ctx.save_for_backward(query, key, value, out)
+            return out
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            raise AssertionError("a profile has no backward pass")
+
+    return FusedAttention
