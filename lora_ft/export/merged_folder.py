@@ -22,6 +22,7 @@ COMPANIONS = (
     "merges.txt",
     "spiece.model",
     "sentencepiece*.model",
+    "*.tiktoken",
     "chat_template.*",
     "preprocessor_config.json",
     "processor_config.json",
