@@ -239,8 +239,9 @@ def check_texts(splits: Splits, tokenizer: PreTrainedTokenizerBase) -> tuple[lis
     scripts: Counter[str] = Counter()
     places: dict[str, list[str]] = {name: [] for name in TEXT_CHECKS}
     for example in StoredExamples(ExampleFile(splits.folder / EXAMPLES, mapped=False), np.flatnonzero(dealt >= 0)):
-        scripts[find_script(example.text)] += 1
-        for name in describe_text(example, special, kinds):
+        text = example.text
+        scripts[find_script(text)] += 1
+        for name in describe_text(example, text, special, kinds):
             counts[name] += 1
             if len(places[name]) < MAX_PLACES:
                 places[name].append(example.place)
@@ -251,9 +252,8 @@ def check_texts(splits: Splits, tokenizer: PreTrainedTokenizerBase) -> tuple[lis
     ], scripts
 
 
-def describe_text(example: Example, special: re.Pattern[str], kinds: Counter[str]) -> Iterator[str]:
-    """The names in `TEXT_CHECKS` that hold for a row; kinds of private data are counted in `kinds`."""
-    text = example.text
+def describe_text(example: Example, text: str, special: re.Pattern[str], kinds: Counter[str]) -> Iterator[str]:
+    """The names in `TEXT_CHECKS` that hold for a row and all its text; kinds of private data are counted in `kinds`."""
     found = {finding.name for finding in find_private(text)}
     kinds.update(found)
     if found & SECRETS:

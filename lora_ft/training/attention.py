@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
 from itertools import groupby
 from typing import Any
 
@@ -30,6 +31,9 @@ DOCUMENTS = "sdpa_documents"
 
 BLOCK = 128
 """Queries that are multiplied at once; keys behind the last of them are left out."""
+
+ROUND_TO = 32
+"""Documents are filled up to a multiple of this for matrix products."""
 
 LONGEST_MATMUL = 1024
 """Longest document whose probabilities are kept for the backward pass: 2·H·L bytes a token are a burden beyond."""
@@ -53,6 +57,61 @@ class DocumentMask:
 
     runs: tuple[Run, ...]
     """All documents of all rows, one row after the other."""
+    device: torch.device
+    """Where the tokens are."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every document is short, and every token sees all before it."""
+        return all(run.window is None and run.length <= LONGEST_MATMUL for run in self.runs)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Documents at places of their own, filled up; laid out once for all layers."""
+        gather, scatter, bounds, first = [], [], [], 0
+        num_tokens = sum(run.count * run.length for run in self.runs)
+        for run in self.runs:
+            for start in range(first, first + run.count * run.length, run.length):
+                if run.length == 1:
+                    scatter.append(-1)
+                    continue
+                begin, missing = len(gather), -run.length % ROUND_TO
+                gather += [*range(start, start + run.length), *[num_tokens] * missing]
+                scatter += range(begin, begin + run.length)
+                bounds.append((begin, len(gather)))
+            first += run.count * run.length
+        places = [len(gather) if place < 0 else place for place in scatter]
+        to_tensor = partial(torch.tensor, device=self.device)
+        return Layout(to_tensor(gather, dtype=torch.long), to_tensor(places, dtype=torch.long), tuple(bounds))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where tokens stand for matrix products: by document, each filled up to P positions, a multiple of 32.
+
+        tokens  A A A B C          P = 4 here:   A A A - | B - …   the one token of C is left out: nobody sees it,
+                                                                   and it predicts nothing
+
+    A product of a new shape takes as long to prepare as a small one to compute, and few lengths are multiples of 32.
+    What is filled in lies in the future of every token and is seen by none.
+    """
+
+    gather: Tensor
+    """Token at each place; the number of tokens where none is."""
+    scatter: Tensor
+    """Place of each token; the number of places for one that is left out."""
+    bounds: tuple[tuple[int, int], ...]
+    """First place and end of each document."""
+
+    def stack(self, states: Tensor, key_heads: int) -> Tensor:
+        """States of tokens [T, H, E] by place, with the heads that share keys together: [K, G, places, E]."""
+        filled = torch.cat([states, states.new_zeros(1, *states.shape[1:])]).index_select(0, self.gather)
+        return filled.unflatten(1, (key_heads, -1)).permute(1, 2, 0, 3).contiguous()
+
+    def unstack(self, stacked: Tensor) -> Tensor:
+        """Undoes `stack`; tokens that were left out get zeros."""
+        by_place = stacked.permute(2, 0, 1, 3).flatten(1, 2)
+        return torch.cat([by_place, by_place.new_zeros(1, *by_place.shape[1:])]).index_select(0, self.scatter)
 
 
 @contextmanager
@@ -122,7 +181,7 @@ def mask_documents(
         place = torch.arange(q_length - 1, device=device)[None]
         sees_previous = mask_function(row, 0, place + 1, place).expand(batch_size, -1)
         if not mask_function(row, 0, place, place + 1).any():
-            return DocumentMask(tuple(_find_runs(sees_previous, mask_function, local_size)))
+            return DocumentMask(tuple(_find_runs(sees_previous, mask_function, local_size)), row.device)
     return sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
@@ -175,21 +234,18 @@ def attend_documents(
         raise ValueError(f"{DOCUMENTS} attention has no {unsupported[0]}; load the model with eager attention")
     batch, heads, length, entries = query.shape
     scaling = entries**-0.5 if scaling is None else scaling
-    sizes = [run.count * run.length for run in attention_mask.runs]
-    tokens = [states.transpose(1, 2).flatten(0, 1).split(sizes) for states in (query, key, value)]
-    runs = zip(attention_mask.runs, *tokens, strict=True)
-    attended = [_attend_run(run, q, k, v, dropout, scaling) for run, q, k, v in runs]
-    return torch.cat(attended).view(batch, length, heads, -1), None
+    tokens = [states.transpose(1, 2).flatten(0, 1) for states in (query, key, value)]
+    if dropout == 0.0 and attention_mask.is_plain and prefers_matmul_attention(query.device.type, query.dtype):
+        attended = _MatmulAttention.apply(*tokens, attention_mask.layout, scaling)
+    else:
+        sizes = [run.count * run.length for run in attention_mask.runs]
+        parts = zip(attention_mask.runs, *(states.split(sizes) for states in tokens), strict=True)
+        attended = torch.cat([_attend_run(run, q, k, v, dropout, scaling) for run, q, k, v in parts])
+    return attended.view(batch, length, heads, -1), None
 
 
 def _attend_run(run: Run, q: Tensor, k: Tensor, v: Tensor, dropout: float, scaling: float) -> Tensor:
     """Attention output [n·L, H, E] of neighbouring documents, from queries [n·L, H, E], keys and values [n·L, K, E]."""
-    groups = q.shape[1] // k.shape[1]
-    if run.length == 1 and dropout == 0.0:
-        return v.repeat_interleave(groups, dim=1)
-    is_plain = run.window is None and dropout == 0.0 and run.length <= LONGEST_MATMUL
-    if is_plain and prefers_matmul_attention(q.device.type, q.dtype):
-        return _MatmulAttention.apply(q, k, v, run.count, scaling)
     q, k, v = (states.unflatten(0, (run.count, run.length)).transpose(1, 2) for states in (q, k, v))
     out = nn.functional.scaled_dot_product_attention(
         q,
@@ -199,72 +255,59 @@ def _attend_run(run: Run, q: Tensor, k: Tensor, v: Tensor, dropout: float, scali
         dropout_p=dropout,
         is_causal=run.window is None,
         scale=scaling,
-        enable_gqa=groups > 1,
+        enable_gqa=q.shape[1] != k.shape[1],
     )
     return out.transpose(1, 2).flatten(0, 1)
 
 
 class _MatmulAttention(torch.autograd.Function):
-    """Causal attention of n documents as matrix products.
+    """Causal attention of documents as matrix products; queries [T, H, E], keys and values [T, K, E].
 
     A block of queries is multiplied with the keys up to its own end, so half of the square is never made. The G heads
     that share keys stand one below the other in one product, so keys are not repeated and their gradients add up.
-    Documents are filled up to P positions, a multiple of 32, because a product of a new shape takes as long to prepare
-    as a small one to compute; what is filled in lies in the future of every token and is seen by none.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, count: int, scaling: float) -> Tensor:
-        queries, keys, values = (_stack(states, count, k.shape[1]) for states in (q, k, v))
-        keys, values, out, kept = keys[:, 0], values[:, 0], [], []
-        for start, end in _blocks(queries):
-            block, future = queries[:, :, start:end].flatten(1, 2), _future(start, end, queries)
-            scores = torch.baddbmm(future, block, keys[:, :end].transpose(1, 2), alpha=scaling)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: float) -> Tensor:
+        heads, groups = k.shape[1], q.shape[1] // k.shape[1]
+        queries, keys, values = (layout.stack(states, heads) for states in (q, k, v))
+        keys, values, out, kept = keys[:, 0], values[:, 0], torch.empty_like(queries), []
+        for first, start, end in _blocks(layout.bounds):
+            block = queries[:, :, start:end].flatten(1, 2)
+            future = _future(start - first, end - first, groups, q.dtype, q.device)
+            scores = torch.baddbmm(future, block, keys[:, first:end].transpose(1, 2), alpha=scaling)
             kept.append(torch.softmax(scores, dim=-1))
-            out.append(torch.bmm(kept[-1], values[:, :end]).unflatten(1, (-1, end - start)))
+            out[:, :, start:end] = torch.bmm(kept[-1], values[:, first:end]).unflatten(1, (groups, -1))
         ctx.save_for_backward(queries, keys, values, *kept)
-        ctx.count, ctx.scaling, ctx.length = count, scaling, len(q) // count
-        return _unstack(torch.cat(out, dim=2), count, ctx.length)
+        ctx.layout, ctx.scaling = layout, scaling
+        return layout.unstack(out)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         queries, keys, values, *kept = ctx.saved_tensors
-        grad = _stack(grad, ctx.count, len(keys) // ctx.count)
-        grad_q, grad_k, grad_v = [], torch.zeros_like(keys), torch.zeros_like(values)
-        for (start, end), probabilities in zip(_blocks(queries), kept, strict=True):
+        grad, groups = ctx.layout.stack(grad, len(keys)), queries.shape[1]
+        grad_q, grad_k, grad_v = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
+        for (first, start, end), probabilities in zip(_blocks(ctx.layout.bounds), kept, strict=True):
             block, grad_block = (states[:, :, start:end].flatten(1, 2) for states in (queries, grad))
-            grad_v[:, :end].baddbmm_(probabilities.transpose(1, 2), grad_block)
-            grad_p = torch.bmm(grad_block, values[:, :end].transpose(1, 2))
+            grad_v[:, first:end].baddbmm_(probabilities.transpose(1, 2), grad_block)
+            grad_p = torch.bmm(grad_block, values[:, first:end].transpose(1, 2))
             grad_scores = torch._softmax_backward_data(grad_p, probabilities, -1, grad_p.dtype)
-            grad_block_q = torch.baddbmm(block, grad_scores, keys[:, :end], beta=0, alpha=ctx.scaling)
-            grad_q.append(grad_block_q.unflatten(1, (-1, end - start)))
-            grad_k[:, :end].baddbmm_(grad_scores.transpose(1, 2), block, alpha=ctx.scaling)
-        grads = torch.cat(grad_q, dim=2), grad_k[:, None], grad_v[:, None]
-        return *(_unstack(states, ctx.count, ctx.length) for states in grads), None, None
+            grad_block_q = torch.baddbmm(block, grad_scores, keys[:, first:end], beta=0, alpha=ctx.scaling)
+            grad_q[:, :, start:end] = grad_block_q.unflatten(1, (groups, -1))
+            grad_k[:, first:end].baddbmm_(grad_scores.transpose(1, 2), block, alpha=ctx.scaling)
+        grads = (ctx.layout.unstack(states) for states in (grad_q, grad_k[:, None], grad_v[:, None]))
+        return *grads, None, None
 
 
-def _stack(states: Tensor, count: int, key_heads: int) -> Tensor:
-    """Tokens [n·L, H, E] by document and the keys their heads share, filled up: [n·K, G, P, E]."""
-    by_head = states.unflatten(0, (count, -1)).unflatten(2, (key_heads, -1)).permute(0, 2, 3, 1, 4)
-    length = by_head.shape[3]
-    stacked = states.new_zeros(*by_head.shape[:3], -(-length // 32) * 32, states.shape[-1])
-    stacked[..., :length, :] = by_head
-    return stacked.flatten(0, 1)
+def _blocks(bounds: tuple[tuple[int, int], ...]) -> Iterator[tuple[int, int, int]]:
+    """For each block of queries the first place of its document, its own first place, and its end."""
+    for first, end in bounds:
+        for start in range(first, end, BLOCK):
+            yield first, start, min(start + BLOCK, end)
 
 
-def _unstack(stacked: Tensor, count: int, length: int) -> Tensor:
-    """Undoes `_stack`: [n·K, G, P, E] → [n·L, H, E]."""
-    by_head = stacked.unflatten(0, (count, -1))[..., :length, :]
-    return by_head.permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)
-
-
-def _blocks(queries: Tensor) -> list[tuple[int, int]]:
-    """First and last position, exclusive, of each block of queries [n·K, G, P, E]."""
-    size = queries.shape[2]
-    return [(start, min(start + BLOCK, size)) for start in range(0, size, BLOCK)]
-
-
-def _future(start: int, end: int, queries: Tensor) -> Tensor:
+@lru_cache(maxsize=64)
+def _future(start: int, end: int, groups: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """What is added to the scores of a block's queries [G·(end - start), end]: -inf for keys behind the query."""
-    hidden = torch.full((end - start, end), float("-inf"), dtype=queries.dtype, device=queries.device)
-    return hidden.triu_(start + 1).repeat(queries.shape[1], 1)
+    hidden = torch.full((end - start, end), float("-inf"), dtype=dtype, device=device)
+    return hidden.triu_(start + 1).repeat(groups, 1)

@@ -166,7 +166,7 @@ def test_dropout_drops(dtype):
     """Two passes differ, and their mean over many comes near the attention without dropout."""
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, 4, 6, 8, dtype=dtype) for _ in range(3))
-    mask = DocumentMask((attention.Run(1, 4), attention.Run(1, 2)))
+    mask = DocumentMask((attention.Run(1, 4), attention.Run(1, 2)), torch.device("cpu"))
     module = torch.nn.Module()
     exact = attention.attend_documents(module, query, key, value, mask)[0].float()
     passes = [attention.attend_documents(module, query, key, value, mask, dropout=0.5)[0].float() for _ in range(400)]
@@ -176,7 +176,7 @@ def test_dropout_drops(dtype):
 
 def test_what_it_cannot_do_is_refused():
     states = torch.randn(1, 2, 4, 8)
-    mask = DocumentMask((attention.Run(2, 2),))
+    mask = DocumentMask((attention.Run(2, 2),), torch.device("cpu"))
     with pytest.raises(ValueError, match="softcap"):
         attention.attend_documents(torch.nn.Module(), states, states, states, mask, softcap=30.0)
 
