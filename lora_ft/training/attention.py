@@ -68,7 +68,10 @@ class DocumentMask:
     @cached_property
     def layout(self) -> Layout:
         """Documents at places of their own, filled up; laid out once for all layers."""
-        gather, scatter, bounds, first = [], [], [], 0
+        gather: list[int] = []
+        scatter: list[int] = []
+        bounds: list[tuple[int, int]] = []
+        first = 0
         num_tokens = sum(run.count * run.length for run in self.runs)
         for run in self.runs:
             for start in range(first, first + run.count * run.length, run.length):
