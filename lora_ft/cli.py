@@ -77,7 +77,8 @@ def build_parser() -> argparse.ArgumentParser:
     plan = add("plan", plan_command, "say how much memory a training step takes, from the base's config alone")
     add_recipe(plan)
     plan.add_argument("--device", help="memory of a GPU to plan for ('24 GiB'); this machine's if left out")
-    plan.add_argument("--gpus", type=int, default=1, help="how many of them share a step")
+    plan.add_argument("--gpus", type=int, help="how many of them share a step")
+    plan.add_argument("--config-file", type=Path, help="accelerate config to plan for, with its ZeRO or FSDP sharding")
     preview = add("preview", preview_command, "show rows as the model sees them, with what is learned in colour")
     add_recipe(preview)
     preview.add_argument("-n", "--rows", type=int, default=3, help="how many rows")
@@ -141,16 +142,25 @@ def check_command(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides)
 
     from lora_ft.data.audit_table import print_audit
-    from lora_ft.run import audit_recipe, settle_recipe
+    from lora_ft.model.machine import probe_machine
+    from lora_ft.run import check_recipe, settle_recipe
+    from lora_ft.summary import print_plan
+    from lora_ft.training.distributed import read_launch
 
-    recipe = settle_recipe(recipe)
-    audit = None if options.no_data else audit_recipe(recipe)
+    machine, launch = probe_machine(), read_launch()
+    recipe = settle_recipe(recipe, machine, launch)
+    planned = audit = None
+    if not options.no_data:
+        planned, audit = check_recipe(recipe, machine, launch)
+        recipe = planned.recipe
     if options.json:
         choices = [vars(choice) for choice in recipe.choices]
-        options.emit({"ok": True, "choices": choices, "audit": audit.to_json() if audit else None})
+        found = {"memory": planned and planned.to_json(), "audit": audit and audit.to_json()}
+        options.emit({"ok": True, "choices": choices, **found})
         return
     print(dump_recipe(recipe), end="")
-    if audit is not None:
+    if planned is not None and audit is not None:
+        print_plan(planned)
         print_audit(audit)
 
 
@@ -159,26 +169,24 @@ def plan_command(options: argparse.Namespace) -> int:
 
     recipe = load_recipe(options.recipe, options.overrides)
 
-    from lora_ft.model.load import find_base
-    from lora_ft.model.machine import probe_machine
-    from lora_ft.model.memory import Hardware
-    from lora_ft.model.planning import describe_hardware, parse_memory, plan_memory
-    from lora_ft.run import settle_recipe
+    from lora_ft.model.machine import imagine_gpu, probe_machine
+    from lora_ft.model.planning import parse_memory
+    from lora_ft.run import plan_recipe, settle_recipe
+    from lora_ft.summary import print_plan
+    from lora_ft.training.distributed import Launch
+    from lora_ft.training.launch_file import read_launch_file
 
-    hardware = describe_hardware(probe_machine(), options.gpus)
-    if options.device is not None:
-        hardware = Hardware("cuda", parse_memory(options.device), options.gpus)
-    base = find_base(recipe.model.base, recipe.model.revision, recipe.model.trust_remote_code)
-    planned = plan_memory(settle_recipe(recipe), base.folder, hardware)
+    machine = imagine_gpu(parse_memory(options.device)) if options.device else probe_machine()
+    if options.config_file is not None:
+        launch = read_launch_file(options.config_file, options.gpus)
+    else:
+        count = options.gpus or 1
+        launch = Launch("ddp" if count > 1 else "single", world_size=count, local_world_size=count)
+    planned = plan_recipe(settle_recipe(recipe, machine, launch), machine, launch)
     if options.json:
         options.emit(planned.to_json())
     else:
-        for cause in planned.plan.causes:
-            print(f"{cause.num_bytes / 2**20:10.1f} MiB  {cause.name:24} {cause.note}")
-        peak, limit = (size / 2**20 for size in (planned.plan.peak_bytes, planned.plan.limit_bytes))
-        print(f"{peak:10.1f} MiB  peak; {'fits' if planned.plan.fits else 'does not fit'} in {limit:.0f} MiB")
-        for change in planned.changes:
-            print(f"fits with: {change}")
+        print_plan(planned)
     return 0 if planned.plan.fits else 1
 
 

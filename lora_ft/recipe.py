@@ -11,7 +11,7 @@ import typing
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -31,6 +31,12 @@ REQUIRED = ("output_dir", "model", "data")
 
 LORAPLUS = "loraplus_lr_ratio"
 """The one key under `lora` that is no LoraConfig field: it goes to `peft.optimizers.create_loraplus_optimizer`."""
+
+OUR_FIELDS: dict[str, dict[str, LibraryField]] = {
+    "lora": {LORAPLUS: LibraryField(float)},
+    "training": {"per_device_train_batch_size": LibraryField(int | Literal["auto"])},
+}
+"""Fields of the libraries' sections that are ours, or that take more than the library does."""
 
 OWNED_ELSEWHERE: dict[str, dict[str, str]] = {
     "quantization": {},
@@ -93,7 +99,11 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "lora.loraplus_lr_ratio": (lambda v: v > 0, "A ratio of learning rates is above 0.", "Write 16, say."),
     "training.learning_rate": (lambda v: 0 < v < 10, "A learning rate lies above 0 and below 10.", "Write 2e-4, say."),
     "training.num_train_epochs": (lambda v: v > 0, "At least part of an epoch is trained.", "Write 3, say."),
-    "training.per_device_train_batch_size": (lambda v: v > 0, "A batch has at least one row.", "Write 4, say."),
+    "training.per_device_train_batch_size": (
+        lambda v: v == "auto" or v > 0,
+        "A batch has at least one row.",
+        "Write 4, say, or auto for the largest that fits.",
+    ),
     "training.per_device_eval_batch_size": (lambda v: v > 0, "A batch has at least one row.", "Write 4, say."),
     "training.gradient_accumulation_steps": (lambda v: v > 0, "A step has at least one batch.", "Write 1, say."),
 }
@@ -259,8 +269,7 @@ def _check_library_section(name: str, values: Any, document: Document, faults: l
         faults.append(Fault(document.place((name,)), values, f"{name} is a mapping.", "Indent its keys below it."))
         return {}
     title, fields, owners = LIBRARY_CLASSES[name].title, read_fields(name), OWNED_ELSEWHERE[name]
-    if name == "lora":
-        fields = fields | {LORAPLUS: LibraryField(float)}
+    fields = fields | OUR_FIELDS.get(name, {})
     for key, value in values.items():
         place = document.place((name, key))
         if key in owners:

@@ -21,12 +21,20 @@ from lora_ft.errors import RunFailed
 from lora_ft.evaluation.metrics import check_metrics
 from lora_ft.fingerprint import BaseIdentity, hash_tensors
 from lora_ft.model.adapter import attach_adapter, count_trainable
-from lora_ft.model.load import find_base, load_base, load_tokenizer
-from lora_ft.model.machine import choose_settings, probe_machine, settle_validation
+from lora_ft.model.load import find_base, find_config, load_base, load_tokenizer
+from lora_ft.model.machine import Machine, choose_settings, peak_memory_bytes, probe_machine, settle_validation
+from lora_ft.model.planning import RecipePlan, plan_memory, refuse_unfit
 from lora_ft.recipe import LORAPLUS, load_recipe
 from lora_ft.sections import Recipe
 from lora_ft.training.checkpoint import RunFolder, check_run_folder, check_space, claim_run_folder, write_manifest
-from lora_ft.training.distributed import Launch, check_launch, end_sharding, read_launch, settle_launch
+from lora_ft.training.distributed import (
+    Launch,
+    check_launch,
+    describe_hardware,
+    end_sharding,
+    read_launch,
+    settle_launch,
+)
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -69,17 +77,22 @@ def run_recipe(recipe: Recipe, *, fresh: bool = False, quiet: bool = False) -> R
         RunFailed: the run broke a promise, for instance the saved adapter does not reproduce the trained one.
     """
     quiet_libraries()
-    launch = read_launch()
-    recipe = settle_recipe(recipe)
+    launch, machine = read_launch(), probe_machine()
+    recipe = settle_recipe(recipe, machine, launch)
     base = find_base(recipe.model.base, recipe.model.revision, recipe.model.trust_remote_code)
-    tokenizer = load_tokenizer(base, recipe.model, recipe.data.chat_template)
+    tokenizer = load_tokenizer(base.folder, recipe.model, recipe.data.chat_template)
     splits = build_splits(recipe.data, tokenizer)
     recipe = settle_validation(recipe, len(splits.validation))
+    planned = plan_memory(recipe, base.folder, describe_hardware(machine, launch), splits.longest_row)
+    recipe = refuse_unfit(planned)
     run = check_run_folder(recipe, base.fingerprint, splits.fingerprint, fresh)
 
     trainer = prepare_trainer(recipe, base, tokenizer, splits, quiet)
     check_space(run, recipe, count_trainable(trainer.model), base.num_bytes)
-    manifest = describe_run(recipe, base, splits, launch) | {"trainable_parameters": count_trainable(trainer.model)}
+    manifest = describe_run(recipe, base, splits, launch) | {
+        "trainable_parameters": count_trainable(trainer.model),
+        "memory": planned.to_json(),
+    }
     if launch.rank == 0:
         claim_run_folder(run, recipe, manifest, fresh)
     trainer.accelerator.wait_for_everyone()
@@ -89,6 +102,7 @@ def run_recipe(recipe: Recipe, *, fresh: bool = False, quiet: bool = False) -> R
     if launch.rank != 0:
         return None
     manifest["training"] = outcome.metrics
+    manifest["memory"]["measured_peak_bytes"] = peak_memory_bytes(machine)
     manifest["adapter_sha256"] = hash_tensors(adapter / "adapter_model.safetensors")
     manifest["verification"] = verify_saved(adapter)
     manifest["evaluation"] = evaluate_trained(trainer, tokenizer, splits, recipe, launch)
@@ -96,12 +110,10 @@ def run_recipe(recipe: Recipe, *, fresh: bool = False, quiet: bool = False) -> R
     return RunResult(run.path, write_manifest(run, "finished", manifest))
 
 
-def settle_recipe(recipe: Recipe) -> Recipe:
+def settle_recipe(recipe: Recipe, machine: Machine, launch: Launch) -> Recipe:
     """The recipe with all open settings chosen for this machine and launch; what cannot work is refused here."""
-    launch = read_launch()
     if recipe.model.trust_remote_code:
         print(f"model.trust_remote_code: Python code beside {recipe.model.base} may run here", file=sys.stderr)
-    machine = probe_machine()
     if machine.device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where it is installed, prints a warning
     check_metrics(recipe.evaluation.metrics)
@@ -111,16 +123,31 @@ def settle_recipe(recipe: Recipe) -> Recipe:
     return recipe
 
 
-def find_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """The tokenizer of the recipe's base, with its chat template or the recipe's."""
+def plan_recipe(recipe: Recipe, machine: Machine, launch: Launch) -> RecipePlan:
+    """The memory plan of a settled recipe; neither weights nor data are looked at, nor fetched."""
     quiet_libraries()
-    base = find_base(recipe.model.base, recipe.model.revision, recipe.model.trust_remote_code)
-    return load_tokenizer(base, recipe.model, recipe.data.chat_template)
+    folder = find_config(recipe.model.base, recipe.model.revision, recipe.model.trust_remote_code)
+    return plan_memory(recipe, folder, describe_hardware(machine, launch))
 
 
-def audit_recipe(recipe: Recipe) -> AuditReport:
-    """What is to be known of the recipe's data before it is trained on."""
-    return check_data(recipe.data, find_tokenizer(recipe))
+def find_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The tokenizer of the recipe's base, with its chat template or the recipe's; no weights are fetched."""
+    quiet_libraries()
+    folder = find_config(recipe.model.base, recipe.model.revision, recipe.model.trust_remote_code)
+    return load_tokenizer(folder, recipe.model, recipe.data.chat_template)
+
+
+def check_recipe(recipe: Recipe, machine: Machine, launch: Launch) -> tuple[RecipePlan, AuditReport]:
+    """What a settled recipe would take of the machine, and what is to be known of its data before it is trained on.
+
+    Raises:
+        UserError: a step does not fit, or the data cannot be used.
+    """
+    splits, audit = check_data(recipe.data, find_tokenizer(recipe))
+    folder = find_config(recipe.model.base, recipe.model.revision, recipe.model.trust_remote_code)
+    planned = plan_memory(recipe, folder, describe_hardware(machine, launch), splits.longest_row)
+    refuse_unfit(planned)
+    return planned, audit
 
 
 def prepare_trainer(
@@ -260,7 +287,7 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
     quiet_libraries()
     recipe = load_recipe(folder / "recipe.yaml")
     base = find_base(recipe.model.base, recipe.model.revision, recipe.model.trust_remote_code)
-    tokenizer = load_tokenizer(base, recipe.model, recipe.data.chat_template)
+    tokenizer = load_tokenizer(base.folder, recipe.model, recipe.data.chat_template)
     splits = build_splits(recipe.data, tokenizer)
     model = load_base(base, recipe.model, recipe.quantization)
     model = attach_adapter(model, None, adapter=str(folder / "adapter"))

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lora_ft.model.planning import RecipePlan
 from lora_ft.run import RunResult
 
 LIES_THERE = {
@@ -57,6 +58,27 @@ def print_scores(figures: dict[str, Any], console: Console | None = None) -> Non
     for name, value in base["metrics"].items():
         table.add_row(f"{name}, {base['num_answers']} answers", f"{value:.1%}", f"{tuned['metrics'][name]:.1%}")
     console.print(table)
+
+
+def print_plan(planned: RecipePlan) -> None:
+    """The memory of a step by cause, and what would make it fit."""
+    console, plan = Console(highlight=False), planned.plan
+    recipe = planned.recipe.training
+    rows = recipe.get("per_device_train_batch_size", 8)
+    table = Table(
+        title=f"memory of a step, {rows} rows of {planned.recipe.data.max_length} tokens", title_justify="left"
+    )
+    table.add_column("cause")
+    table.add_column("MiB", justify="right")
+    table.add_column("")
+    for cause in plan.causes:
+        table.add_row(cause.name, f"{cause.num_bytes / 2**20:,.0f}", cause.note)
+    verdict = "fits in" if plan.fits else "does not fit in"
+    table.add_section()
+    table.add_row("peak", f"{plan.peak_bytes / 2**20:,.0f}", f"{verdict} {plan.limit_bytes / 2**20:,.0f} MiB")
+    console.print(table)
+    for change in planned.changes:
+        console.print(f"fits with: {change}", soft_wrap=True)
 
 
 def _last_detail(verification: dict[str, Any]) -> str:

@@ -106,3 +106,22 @@ def test_what_a_cpu_cannot_do_is_refused_before_anything_is_written(recipe_file,
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_plan_follows_an_accelerate_config(recipe_file, capsys):
+    """ZeRO-2 on two GPUs halves what the optimizer and the gradients take on each."""
+    causes = {}
+    for words in ([], ["--config-file", "accelerate_configs/zero2.yaml"]):
+        assert main(["plan", str(recipe_file()), "--device", "8 GiB", *words, "--json"]) == 0
+        planned = json.loads(capsys.readouterr().out)
+        causes[bool(words)] = {cause["name"]: cause["num_bytes"] for cause in planned["causes"]}
+    assert causes[True]["optimizer"] == causes[False]["optimizer"] // 2
+    assert causes[True]["base, linear layers"] == causes[False]["base, linear layers"]
+
+
+def test_check_counts_memory_and_takes_the_largest_batch_that_fits(recipe_file, capsys):
+    path = recipe_file(training={"per_device_train_batch_size": "auto"})
+    assert main(["check", str(path), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["memory"]["fits"] and said["memory"]["peak_bytes"] > 0
+    assert {"key": "training.per_device_train_batch_size", "value": 16}.items() <= said["choices"][-3].items()

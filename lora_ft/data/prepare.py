@@ -55,10 +55,10 @@ def build_splits(section: DataSection, tokenizer: PreTrainedTokenizerBase, base_
 
 def check_data(
     section: DataSection, tokenizer: PreTrainedTokenizerBase, base_folder: Path | None = None
-) -> AuditReport:
-    """The audit of a recipe's data, which is prepared on the way; warnings are reported, whatever `strict` says."""
+) -> tuple[Splits, AuditReport]:
+    """A recipe's data, prepared, and their audit; warnings are reported, whatever `strict` says."""
     splits = build_splits(replace(section, strict=False), tokenizer, base_folder)
-    return audit_splits(splits, section, tokenizer)
+    return splits, audit_splits(splits, section, tokenizer)
 
 
 def prepare_dataset(

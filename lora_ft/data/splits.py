@@ -11,7 +11,7 @@ import numpy as np
 
 from lora_ft.data.report import DataReport
 from lora_ft.data.split import SPLITS, RowIndex
-from lora_ft.data.store import ExampleFile, StoredExamples
+from lora_ft.data.store import ExampleFile, StoredExamples, TokenRows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -40,6 +40,11 @@ class Splits:
     def examples(self, split: str) -> StoredExamples:
         """The split's rows before rendering, in the order of its unpacked rows."""
         return StoredExamples(ExampleFile(self.folder / EXAMPLES), np.load(self.folder / f"{split}.npy"))
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest row that is trained on."""
+        return int(TokenRows(self.folder / "train.arrow").row_lengths().max(initial=0))
 
     def load_index(self) -> tuple[RowIndex, np.ndarray]:
         """What the deal knew of every row, and the split each row got (negative: none)."""

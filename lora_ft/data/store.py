@@ -72,10 +72,14 @@ class TokenRows:
 
     def document_lengths(self) -> np.ndarray:
         """The length of every document in tokens, in packed rows too; int64."""
-        if "seq_lengths" in self._columns:
-            parts = [chunk.column("seq_lengths").flatten().to_numpy() for chunk in self._chunks]
-        else:
-            parts = [np.diff(chunk.column("input_ids").offsets.to_numpy()) for chunk in self._chunks]
+        if "seq_lengths" not in self._columns:
+            return self.row_lengths()
+        parts = [chunk.column("seq_lengths").flatten().to_numpy() for chunk in self._chunks]
+        return np.concatenate([np.empty(0, dtype=np.int64), *parts])
+
+    def row_lengths(self) -> np.ndarray:
+        """The length of every row in tokens; int64."""
+        parts = [np.diff(chunk.column("input_ids").offsets.to_numpy()) for chunk in self._chunks]
         return np.concatenate([np.empty(0, dtype=np.int64), *parts])
 
 

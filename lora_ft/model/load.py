@@ -28,22 +28,28 @@ def find_base(name: str, revision: str | None = None, trust_remote_code: bool = 
     Raises:
         UserError: no such folder or repository, no network, no config, or no safetensors.
     """
-    commit = None
-    if is_builtin(name):
-        folder = locate_model(name)
-    elif Path(name).expanduser().is_dir():
-        folder = Path(name).expanduser()
-    else:
-        folder = _fetch(name, revision, trust_remote_code)
-        commit = folder.name  # the Hub cache keeps each snapshot in a folder named by its commit
-    _check_folder(name, folder, trust_remote_code)
+    folder, commit = _locate(name, revision, [*BASE_FILES, *(["*.py"] if trust_remote_code else [])])
+    _check_config(name, folder, trust_remote_code)
+    if not list(folder.glob("*.safetensors")):
+        rule = "It has no safetensors weights; pickled .bin files can run code and are not read."
+        raise UserError("model.base", name, rule, "Convert it with transformers' save_pretrained.")
     return identify_base(name, folder, commit)
 
 
-def load_tokenizer(
-    identity: BaseIdentity, section: ModelSection, chat_template: str | None = None
-) -> PreTrainedTokenizerBase:
-    """The base's tokenizer, with a padding token that is named and never the same as the end of a turn.
+def find_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> Path:
+    """The folder of the base's config and tokenizer; of a Hub base, no weights are fetched.
+
+    Raises:
+        UserError: no such folder or repository, no network, or no config.
+    """
+    light = [pattern for pattern in BASE_FILES if not pattern.endswith(".safetensors")]
+    folder, _ = _locate(name, revision, [*light, *(["*.py"] if trust_remote_code else [])])
+    _check_config(name, folder, trust_remote_code)
+    return folder
+
+
+def load_tokenizer(folder: Path, section: ModelSection, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of the base in `folder`, with a padding token; it is masked by position, never by its id.
 
     Raises:
         UserError: the folder holds no tokenizer that can be read, or the chat template file cannot.
@@ -51,7 +57,7 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(identity.folder, trust_remote_code=section.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
     except (OSError, ValueError, KeyError) as fault:
         rule = f"Its tokenizer cannot be read: {_first_line(fault)}"
         raise UserError("model.base", section.base, rule, "Add tokenizer.json to the folder.") from fault
@@ -121,11 +127,20 @@ def use_safe_4bit_kernels(model: Any) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _fetch(name: str, revision: str | None, trust_remote_code: bool) -> Path:
+def _locate(name: str, revision: str | None, patterns: list[str]) -> tuple[Path, str | None]:
+    """The folder of a base, and the commit it stands at if it comes from the Hub; files of `patterns` are fetched."""
+    if is_builtin(name):
+        return locate_model(name), None
+    if Path(name).expanduser().is_dir():
+        return Path(name).expanduser(), None
+    folder = _fetch(name, revision, patterns)
+    return folder, folder.name  # the Hub cache keeps each snapshot in a folder named by its commit
+
+
+def _fetch(name: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = [*BASE_FILES, *(["*.py"] if trust_remote_code else [])]
     place = f"{name}@{revision}" if revision else name
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
@@ -140,7 +155,7 @@ def _fetch(name: str, revision: str | None, trust_remote_code: bool) -> Path:
         raise UserError("model.base", place, rule, fix) from None
 
 
-def _check_folder(name: str, folder: Path, trust_remote_code: bool) -> None:
+def _check_config(name: str, folder: Path, trust_remote_code: bool) -> None:
     config = folder / "config.json"
     if not config.is_file():
         raise UserError("model.base", name, f"{folder} has no config.json.", "Name the folder of a model.")
@@ -151,9 +166,6 @@ def _check_folder(name: str, folder: Path, trust_remote_code: bool) -> None:
     if "auto_map" in settings and "model_type" not in settings and not trust_remote_code:
         rule = "This base brings its own Python code."
         raise UserError("model.base", name, rule, "Read that code, then set model.trust_remote_code: true.")
-    if not list(folder.glob("*.safetensors")):
-        rule = "It has no safetensors weights; pickled .bin files can run code and are not read."
-        raise UserError("model.base", name, rule, "Convert it with transformers' save_pretrained.")
 
 
 def _refuse_missing(section: ModelSection, info: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import gc
 import importlib.util
 import os
 import platform
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -53,6 +54,12 @@ def probe_machine() -> Machine:
     return Machine(
         "cpu", _cpu_name(), _main_memory_bytes(), ratio >= 1.0, f"measured {ratio:.1f}× the speed of float32"
     )
+
+
+def imagine_gpu(memory_bytes: int) -> Machine:
+    """A GPU that is not here, to plan for: one of NVIDIA's since Ampere, with so much memory."""
+    name = f"a GPU with {memory_bytes / 2**30:.0f} GiB"
+    return Machine("cuda:0", name, memory_bytes, True, "as on every NVIDIA GPU since Ampere")
 
 
 def choose_settings(recipe: Recipe, machine: Machine) -> Recipe:
@@ -209,6 +216,18 @@ def _fastest_attention(machine: Machine) -> tuple[str, str]:
     if machine.device.startswith("cuda") and machine.native_bf16 and importlib.util.find_spec("flash_attn"):
         return "flash_attention_2", "the package flash_attn is installed"
     return "sdpa", "PyTorch's fused attention, exact for packed rows too"
+
+
+def peak_memory_bytes(machine: Machine) -> int:
+    """The most memory this process has held so far: of a GPU by PyTorch's count, of the machine by its kernel's."""
+    import torch
+
+    if machine.device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(machine.device)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # macOS counts bytes, Linux KiB
 
 
 def release_memory() -> None:

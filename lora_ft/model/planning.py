@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from lora_ft.errors import UserError
-from lora_ft.model.machine import Machine
 from lora_ft.model.memory import Hardware, MemoryPlan, Workload, plan_step
 from lora_ft.model.profile import ModelProfile, profile_model
 from lora_ft.sections import Choice, Recipe
@@ -58,6 +57,8 @@ class RecipePlan:
 
     recipe: Recipe
     """The recipe, with `auto` settled and checkpointing chosen."""
+    work: Workload
+    """Its largest step."""
     plan: MemoryPlan
     """Of its largest step."""
     changes: tuple[Change, ...]
@@ -68,26 +69,29 @@ class RecipePlan:
         return {**self.plan.to_json(), "changes": [change.to_json() for change in self.changes]}
 
 
-def plan_memory(recipe: Recipe, base_folder: Path, hardware: Hardware) -> RecipePlan:
+def plan_memory(recipe: Recipe, base_folder: Path, hardware: Hardware, longest: int | None = None) -> RecipePlan:
     """The memory plan of a recipe, from the config of its base alone.
+
+    Rows have `longest` tokens where the data are known, and else as many as `data.max_length` allows.
 
     What the recipe leaves open is settled on the way: gradient checkpointing is chosen only if the step does not fit
     without, and `per_device_train_batch_size: auto` becomes the largest batch that fits.
     """
     profile = profile_recipe(recipe, base_folder)
-    recipe, work = _settle_checkpointing(*_settle_batch(recipe, profile, hardware), profile, hardware)
+    recipe, work = _settle_checkpointing(
+        *_settle_batch(recipe, describe_work(recipe, longest), profile, hardware), profile, hardware
+    )
     plan = plan_step(profile, work, hardware)
     changes = () if plan.fits else find_changes(Step(profile, work, hardware), (recipe.lora or {}).get("r", 8))
-    return RecipePlan(recipe, plan, changes)
+    return RecipePlan(recipe, work, plan, changes)
 
 
-def settle_memory(recipe: Recipe, base_folder: Path, hardware: Hardware) -> Recipe:
-    """The recipe with checkpointing and batch size settled.
+def refuse_unfit(planned: RecipePlan) -> Recipe:
+    """The recipe of a plan that fits.
 
     Raises:
         UserError: a step does not fit; with what takes the memory, and what would make it fit.
     """
-    planned = plan_memory(recipe, base_folder, hardware)
     if planned.plan.fits:
         return planned.recipe
     largest = sorted(planned.plan.causes, key=lambda cause: -cause.num_bytes)[:3]
@@ -96,13 +100,6 @@ def settle_memory(recipe: Recipe, base_folder: Path, hardware: Hardware) -> Reci
     rule = f"A step takes about {peak:.1f} GiB here, and {limit:.1f} GiB are there. Most of it: {takes}."
     fix = " or ".join(str(change) for change in planned.changes) or "No setting is enough; take a smaller base."
     raise UserError("training", None, rule, f"Fits with: {fix}" if planned.changes else fix)
-
-
-def describe_hardware(machine: Machine, num_devices: int = 1, sharding: str = "none") -> Hardware:
-    """The hardware of this process: its machine, shared by the CPU processes of a launch."""
-    kind = machine.device.partition(":")[0]
-    memory = machine.memory_bytes // num_devices if kind == "cpu" else machine.memory_bytes
-    return Hardware(kind, memory, num_devices, sharding)
 
 
 def parse_memory(text: str) -> int:
@@ -134,25 +131,13 @@ def profile_recipe(recipe: Recipe, base_folder: Path) -> ModelProfile:
     return profile_model(config, dtype, lora, skipped)
 
 
-LORA_SHAPE = (
-    "r",
-    "target_modules",
-    "rank_pattern",
-    "modules_to_save",
-    "use_dora",
-    "lora_dropout",
-    "layers_to_transform",
-)
-"""Settings of a saved adapter that decide how large it is."""
-
-
-def describe_work(recipe: Recipe) -> Workload:
-    """The largest step of a recipe: every row as long as `data.max_length`."""
+def describe_work(recipe: Recipe, longest: int | None = None) -> Workload:
+    """The largest step of a recipe: every row as long as the longest, or as `data.max_length`."""
     training = recipe.training
     batch = training.get("per_device_train_batch_size", 8)
     return Workload(
         batch_size=1 if batch == AUTO else batch,
-        length=recipe.data.max_length,
+        length=longest or recipe.data.max_length,
         quantization=recipe.quantization,
         checkpointing=bool(training.get("gradient_checkpointing", False)),
         accumulation=training.get("gradient_accumulation_steps", 1),
@@ -160,9 +145,8 @@ def describe_work(recipe: Recipe) -> Workload:
     )
 
 
-def _settle_batch(recipe: Recipe, profile: ModelProfile, hardware: Hardware) -> tuple[Recipe, Workload]:
+def _settle_batch(recipe: Recipe, work: Workload, profile: ModelProfile, hardware: Hardware) -> tuple[Recipe, Workload]:
     """With `auto`, the largest batch that divides the rows of a step and fits; without checkpointing, if one does."""
-    work = describe_work(recipe)
     if recipe.training.get("per_device_train_batch_size") != AUTO:
         return recipe, work
     rows = recipe.training.get("gradient_accumulation_steps", DEFAULT_ROWS)

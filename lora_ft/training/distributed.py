@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_ft.errors import Fault, UserError, raise_faults
-from lora_ft.model.machine import probe_machine
+from lora_ft.model.machine import Machine, probe_machine
+from lora_ft.model.memory import Hardware
 from lora_ft.sections import Choice, Recipe
 
 DEEPSPEED_TWINS: dict[str, tuple[str, object]] = {
@@ -27,6 +28,9 @@ DEEPSPEED_TWINS: dict[str, tuple[str, object]] = {
 
 OFFLOADABLE = ("adamw_torch", "adamw_torch_fused")
 """Optimizers that DeepSpeed's CPU Adam computes; accelerate puts it in the place of any other one too."""
+
+SHARDINGS = ("zero1", "zero2", "zero3", "fsdp")
+"""Strategies that share out what plain data parallelism keeps on every rank."""
 
 INTEGER_STORAGE = ("uint8", "int8")
 """Types of packed 4-bit weights that are bytes to everybody, and that no cast can touch."""
@@ -42,6 +46,8 @@ class DeepSpeedSettings:
     """Whether optimizer state lies in the machine's memory or on its disk."""
     fixed: Mapping[str, object]
     """Settings it fixes to a value of its own, by DeepSpeed's key; left out are those it leaves to the recipe."""
+    offloads_parameters: bool = False
+    """Whether the base lies there too."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,8 @@ class Launch:
     """`single`, `ddp`, `zero0` … `zero3`, or `fsdp`."""
     world_size: int = 1
     """Processes of the run."""
+    local_world_size: int = 1
+    """Those of them on this machine."""
     rank: int = 0
     """Number of this one, from 0."""
     local_rank: int = 0
@@ -97,6 +105,7 @@ def read_launch(environ: Mapping[str, str] = os.environ) -> Launch:
     return Launch(
         strategy,
         world_size=world_size,
+        local_world_size=int(environ.get("LOCAL_WORLD_SIZE", world_size)),
         rank=int(environ.get("RANK", "0")),
         local_rank=int(environ.get("LOCAL_RANK", "0")),
         mixed_precision=environ.get("ACCELERATE_MIXED_PRECISION", "no").lower(),
@@ -142,6 +151,20 @@ def check_launch(launch: Launch, recipe: Recipe) -> None:
     raise_faults(faults)
 
 
+def describe_hardware(machine: Machine, launch: Launch) -> Hardware:
+    """What a launch computes on; the memory of a CPU's machine is shared by the processes on it."""
+    settings = launch.deepspeed
+    offload = {"optimizer": settings.offloads_optimizer, "parameters": settings.offloads_parameters} if settings else {}
+    kind = machine.device.partition(":")[0]
+    return Hardware(
+        kind,
+        machine.memory_bytes // (launch.local_world_size if kind == "cpu" else 1),
+        launch.world_size,
+        launch.strategy if launch.strategy in SHARDINGS else "none",
+        tuple(name for name, is_on in offload.items() if is_on),
+    )
+
+
 def end_sharding() -> None:
     """Lets this process build and read models by itself again, once training is over.
 
@@ -168,6 +191,7 @@ def _read_deepspeed(environ: Mapping[str, str]) -> DeepSpeedSettings:
     return DeepSpeedSettings(
         stage=int(environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")),
         offloads_optimizer=environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none") != "none",
+        offloads_parameters=environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none") != "none",
         fixed={key: json.loads(value) for key, value in named.items()},
     )
 
@@ -187,6 +211,7 @@ def _read_deepspeed_file(file: Path) -> DeepSpeedSettings:
     return DeepSpeedSettings(
         stage=zero.get("stage", 0),
         offloads_optimizer=zero.get("offload_optimizer", {}).get("device", "none") != "none",
+        offloads_parameters=zero.get("offload_param", {}).get("device", "none") != "none",
         fixed={key: flat[key] for key in DEEPSPEED_TWINS if flat.get(key) not in (None, "auto")},
     )
 

@@ -23,7 +23,7 @@ ROWS = [
 
 
 def audit(write_rows, rows=ROWS, template="chatml", **options):
-    return check_data(write_rows(rows, **options), make_tokenizer(template))
+    return check_data(write_rows(rows, **options), make_tokenizer(template))[1]
 
 
 def count(report, name) -> int:
@@ -57,7 +57,7 @@ def test_leaks_between_files_are_found(write_rows):
     near = [{**row, "prompt": row["prompt"].replace("lamps", "lights")} for row in rows[10:15]]
     train = write_rows(rows, "train.jsonl", {"split": "train"})
     test = write_rows(rows[:3] + near, "test.jsonl", {"split": "test"})
-    report = check_data(replace(train, sources=train.sources + test.sources), make_tokenizer("chatml"))
+    report = check_data(replace(train, sources=train.sources + test.sources), make_tokenizer("chatml"))[1]
     assert count(report, "held-out questions asked in training too") == 3
     assert count(report, "held-out rows much like training rows") >= 4
     assert [check.verdict for check in report.checks][:2] == ["warning", "warning"]
@@ -102,9 +102,9 @@ def test_a_template_that_leaves_out_the_bos_is_noted(write_rows):
         {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "yes"}]} for n in range(9)
     ]
     section, tokenizer = write_rows(rows, split=SplitSection(0, 0)), make_tokenizer("gemma")
-    assert count(check_data(section, tokenizer), "chat template without BOS") == 0
+    assert count(check_data(section, tokenizer)[1], "chat template without BOS") == 0
     tokenizer.chat_template = tokenizer.chat_template.replace("{{- bos_token }}", "")
-    assert count(check_data(section, tokenizer), "chat template without BOS") == 1
+    assert count(check_data(section, tokenizer)[1], "chat template without BOS") == 1
 
 
 def test_losses_are_warnings(write_rows):
@@ -144,5 +144,5 @@ def test_real_data_is_audited(shared_data, write_rows):
         "SMSSpamCollection.tsv": {"held-out rows much like training rows"},
     }.items():
         source = replace(section.sources[0], path=str(shared_data / name), weight=1.0 if "SMS" in name else 0.2)
-        report = check_data(replace(section, sources=(source,)), make_tokenizer("chatml"))
+        report = check_data(replace(section, sources=(source,)), make_tokenizer("chatml"))[1]
         assert {check.name for check in report.warnings} == warnings

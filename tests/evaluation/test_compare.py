@@ -19,7 +19,7 @@ def tuned(tiny_base):
     section = ModelSection(base=str(tiny_base), dtype="float32", attn_implementation="sdpa")
     model = load_base(find_base(section.base), section)
     model = attach_adapter(model, {"r": 4, "target_modules": "all-linear", "init_lora_weights": False})
-    return model, load_tokenizer(find_base(section.base), section)
+    return model, load_tokenizer(find_base(section.base).folder, section)
 
 
 @pytest.fixture

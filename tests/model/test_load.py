@@ -155,7 +155,7 @@ def test_tokenizer_without_pad_token_shares_the_end_token(tiny_base, tmp_path):
     config = json.loads((folder / "tokenizer_config.json").read_text())
     config.pop("pad_token")
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    tokenizer = load_tokenizer(find_base(str(folder)), section(folder))
+    tokenizer = load_tokenizer(folder, section(folder))
     assert tokenizer.pad_token == tokenizer.eos_token == "<|im_end|>"
 
 
@@ -165,4 +165,4 @@ def test_tokenizer_that_cannot_be_read(tiny_base, tmp_path):
     for path in folder.glob("tokenizer*"):
         path.unlink()
     with pytest.raises(UserError, match="tokenizer cannot be read"):
-        load_tokenizer(find_base(str(folder)), section(folder))
+        load_tokenizer(folder, section(folder))

@@ -8,9 +8,8 @@ import pytest
 from transformers import AutoConfig
 
 from lora_ft.errors import UserError
-from lora_ft.model.machine import Machine
 from lora_ft.model.memory import Hardware, Workload, plan_step
-from lora_ft.model.planning import Step, describe_hardware, find_changes, parse_memory, plan_memory, settle_memory
+from lora_ft.model.planning import Step, find_changes, parse_memory, plan_memory, refuse_unfit
 from lora_ft.model.profile import profile_model
 from lora_ft.recipe import load_recipe
 
@@ -195,14 +194,8 @@ def test_auto_takes_the_largest_batch_that_fits_and_keeps_the_rows(recipe, tiny_
 
 def test_a_step_that_does_not_fit_is_refused_with_the_way_out(recipe, tiny_base):
     with pytest.raises(UserError, match=r"A step takes about .* Most of it: libraries") as error:
-        settle_memory(recipe, tiny_base, Hardware("cpu", GIB // 4))
+        refuse_unfit(plan_memory(recipe, tiny_base, Hardware("cpu", GIB // 4)))
     assert error.value.exit_code == 2
     huge = replace(recipe, training={**recipe.training, "per_device_train_batch_size": 4096})
     with pytest.raises(UserError, match=r"Fits with: .*training.per_device_train_batch_size=\d+"):
-        settle_memory(huge, tiny_base, Hardware("cpu", GIB))
-
-
-def test_the_processes_of_a_cpu_launch_share_its_memory():
-    machine = Machine("cpu", "a CPU", 16 * GIB, True, "")
-    assert describe_hardware(machine, 2).memory_bytes == 8 * GIB
-    assert describe_hardware(replace(machine, device="cuda:1"), 2) == Hardware("cuda", 16 * GIB, 2)
+        refuse_unfit(plan_memory(huge, tiny_base, Hardware("cpu", GIB)))

@@ -29,12 +29,12 @@ CONFIGS = sorted((ROOT / "accelerate_configs").glob("*.yaml"), key=lambda path: 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 STORED_BF16 = {**NF4, "bnb_4bit_quant_storage": "bfloat16"}
 
-ZERO2 = Launch("zero2", world_size=2, deepspeed=DeepSpeedSettings(2, False, {}))
-ZERO3 = Launch("zero3", world_size=2, deepspeed=DeepSpeedSettings(3, False, {}))
-OFFLOAD = Launch("zero3", world_size=2, deepspeed=DeepSpeedSettings(3, True, {}))
-FSDP2 = Launch("fsdp", world_size=2, fsdp=FsdpSettings(2, "FULL_STATE_DICT", False))
+ZERO2 = Launch("zero2", world_size=2, local_world_size=2, deepspeed=DeepSpeedSettings(2, False, {}))
+ZERO3 = Launch("zero3", world_size=2, local_world_size=2, deepspeed=DeepSpeedSettings(3, False, {}))
+OFFLOAD = Launch("zero3", world_size=2, local_world_size=2, deepspeed=DeepSpeedSettings(3, True, {}, True))
+FSDP2 = Launch("fsdp", world_size=2, local_world_size=2, fsdp=FsdpSettings(2, "FULL_STATE_DICT", False))
 FSDP1 = replace(FSDP2, fsdp=FsdpSettings(1, "FULL_STATE_DICT", False))
-DDP = Launch("ddp", world_size=2)
+DDP = Launch("ddp", world_size=2, local_world_size=2)
 LAUNCHES = {
     "cpu_ddp": DDP,
     "cpu_zero2": ZERO2,

@@ -254,7 +254,7 @@ def make_trainer(tiny_base, folder, rows=None, validation=None, lora=None, **tra
     model = attach_adapter(load_base(base, section), {**LORA, **(lora or {})})
     arguments = build_arguments({**QUIET, **IN_ORDER, **training}, folder)
     rows = make_rows() if rows is None else rows
-    return build_trainer(model, load_tokenizer(base, section), rows, validation, arguments, quiet=True)
+    return build_trainer(model, load_tokenizer(base.folder, section), rows, validation, arguments, quiet=True)
 
 
 def logged(trainer, key):

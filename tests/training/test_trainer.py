@@ -24,7 +24,7 @@ def section(tiny_base):
 
 @pytest.fixture
 def tokenizer(section):
-    return load_tokenizer(find_base(section.base), section)
+    return load_tokenizer(find_base(section.base).folder, section)
 
 
 def make_model(section, quantization=None, **lora):
