@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,15 @@ def build_parser() -> argparse.ArgumentParser:
     add_recipe(add("prepare", prepare_command, "tokenise a recipe's data into the cache that train reads"))
     evaluate = add("evaluate", evaluate_command, "compare a run's adapter with its base on the test split")
     evaluate.add_argument("run", type=Path, help="folder of a run")
+    compare = add("compare", compare_command, "put runs side by side: figures, and the settings in which they differ")
+    compare.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
+    watch = add("watch", watch_command, "follow a run that trains, from its folder; --json says how far it is, once")
+    watch.add_argument("run", type=Path, help="folder of a run")
+    sweep = add("sweep", sweep_command, "try a recipe's settings by validation loss, and write out the best recipe")
+    add_recipe(sweep)
+    sweep.add_argument("--space", type=Path, required=True, help="YAML file: key: [values] or {low:, high:, log:}")
+    sweep.add_argument("--trials", type=int, required=True, help="trials in all, those of earlier starts included")
+    sweep.add_argument("--out", type=Path, help="folder of the sweep; the recipe's output_dir with -sweep if left out")
     merge = add("merge", merge_command, "merge an adapter into its base, and prove that nothing changed")
     merge.add_argument(
         "adapters", nargs="+", metavar="ADAPTER[=WEIGHT]", help="adapter folder, or several with weights"
@@ -231,6 +241,39 @@ def evaluate_command(options: argparse.Namespace) -> None:
         from lora_ft.summary import print_scores
 
         print_scores(figures)
+
+
+def compare_command(options: argparse.Namespace) -> None:
+    from lora_ft.evaluation.side_by_side import compare_runs
+
+    runs = compare_runs(options.runs)
+    if options.json:
+        options.emit([run.to_json() for run in runs])
+    else:
+        from lora_ft.summary import print_runs
+
+        print_runs(runs)
+
+
+def watch_command(options: argparse.Namespace) -> None:
+    from lora_ft.watch import read_state, watch_run
+
+    if options.json:
+        options.emit(read_state(options.run, time.time()))
+    else:
+        watch_run(options.run)
+
+
+def sweep_command(options: argparse.Namespace) -> None:
+    from lora_ft.sweep.study import sweep
+
+    result = sweep(options.recipe, options.space, options.trials, options.overrides, options.out)
+    if options.json:
+        options.emit(result.to_json())
+    else:
+        from lora_ft.summary import print_sweep
+
+        print_sweep(result)
 
 
 def merge_command(options: argparse.Namespace) -> None:

@@ -32,9 +32,15 @@ REQUIRED = ("output_dir", "model", "data")
 LORAPLUS = "loraplus_lr_ratio"
 """The one key under `lora` that is no LoraConfig field: it goes to `peft.optimizers.create_loraplus_optimizer`."""
 
+EARLY_STOPPING = "early_stopping_patience"
+"""The one key under `training` that is no SFTConfig field: it goes to `transformers.EarlyStoppingCallback`."""
+
 OUR_FIELDS: dict[str, dict[str, LibraryField]] = {
     "lora": {LORAPLUS: LibraryField(float)},
-    "training": {"per_device_train_batch_size": LibraryField(int | Literal["auto"])},
+    "training": {
+        "per_device_train_batch_size": LibraryField(int | Literal["auto"]),
+        EARLY_STOPPING: LibraryField(int),
+    },
 }
 """Fields of the libraries' sections that are ours, or that take more than the library does."""
 
@@ -105,6 +111,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
         "Write 4, say, or auto for the largest that fits.",
     ),
     "training.per_device_eval_batch_size": (lambda v: v > 0, "A batch has at least one row.", "Write 4, say."),
+    "training.early_stopping_patience": (lambda v: v > 0, "Validation is waited for at least once.", "Write 2, say."),
     "training.gradient_accumulation_steps": (lambda v: v > 0, "A step has at least one batch.", "Write 1, say."),
 }
 
@@ -369,7 +376,13 @@ def _resolve_paths(recipe: Recipe, folder: Path, overridden: set[Key]) -> Recipe
     data = replace(recipe.data, sources=tuple(sources))
     if data.chat_template:
         data = replace(data, chat_template=resolve(data.chat_template, "data", "chat_template"))
-    return replace(recipe, output_dir=Path(recipe.output_dir).expanduser().absolute(), model=model, data=data)
+    evaluation = recipe.evaluation
+    functions = (resolve(name, "evaluation", "metrics") if ":" in name else name for name in evaluation.metrics)
+    evaluation = replace(evaluation, metrics=tuple(functions))
+    if evaluation.general and not is_builtin(evaluation.general):
+        evaluation = replace(evaluation, general=resolve(evaluation.general, "evaluation", "general"))
+    output_dir = Path(recipe.output_dir).expanduser().absolute()
+    return replace(recipe, output_dir=output_dir, model=model, data=data, evaluation=evaluation)
 
 
 def _is_path(text: str) -> bool:

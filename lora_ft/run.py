@@ -9,22 +9,25 @@ import platform
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_ft.data.audit import AuditReport, audit_splits
 from lora_ft.data.check import check_section
 from lora_ft.data.prepare import build_splits, check_data
 from lora_ft.data.render import IGNORE_INDEX
 from lora_ft.data.splits import Splits
-from lora_ft.errors import RunFailed
+from lora_ft.errors import RunFailed, raise_faults
+from lora_ft.evaluation.curves import read_log, trace_curves
+from lora_ft.evaluation.general import prepare_general
 from lora_ft.evaluation.metrics import check_metrics
 from lora_ft.fingerprint import BaseIdentity, hash_tensors
 from lora_ft.model.adapter import attach_adapter, count_trainable
 from lora_ft.model.load import find_base, find_config, load_base, load_tokenizer
 from lora_ft.model.machine import Machine, choose_settings, peak_memory_bytes, probe_machine, settle_validation
 from lora_ft.model.planning import RecipePlan, plan_memory, refuse_unfit
-from lora_ft.recipe import LORAPLUS, load_recipe
+from lora_ft.recipe import EARLY_STOPPING, LORAPLUS, load_recipe
 from lora_ft.sections import Recipe
 from lora_ft.training.checkpoint import RunFolder, check_run_folder, check_space, claim_run_folder, write_manifest
 from lora_ft.training.distributed import (
@@ -35,12 +38,12 @@ from lora_ft.training.distributed import (
     read_launch,
     settle_launch,
 )
+from lora_ft.training.trackers import check_trackers
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
-    from lora_ft.data.audit import AuditReport
     from lora_ft.training.trainer import LoraTrainer
 
 NUM_SAMPLES, SAMPLE_TOKENS = 4, 64
@@ -82,10 +85,14 @@ def run_recipe(recipe: Recipe, *, fresh: bool = False, quiet: bool = False) -> R
     base = find_base(recipe.model.base, recipe.model.revision, recipe.model.trust_remote_code)
     tokenizer = load_tokenizer(base.folder, recipe.model, recipe.data.chat_template)
     splits = build_splits(recipe.data, tokenizer)
+    prepare_general(recipe.evaluation, recipe.data, tokenizer)
     recipe = settle_validation(recipe, len(splits.validation))
     planned = plan_memory(recipe, base.folder, describe_hardware(machine, launch), splits.longest_row)
     recipe = refuse_unfit(planned)
     run = check_run_folder(recipe, base.fingerprint, splits.fingerprint, fresh)
+
+    from lora_ft.evaluation.live import LivePage
+    from lora_ft.evaluation.page import write_page
 
     trainer = prepare_trainer(recipe, base, tokenizer, splits, quiet)
     check_space(run, recipe, count_trainable(trainer.model), base.num_bytes)
@@ -95,6 +102,7 @@ def run_recipe(recipe: Recipe, *, fresh: bool = False, quiet: bool = False) -> R
     }
     if launch.rank == 0:
         claim_run_folder(run, recipe, manifest, fresh)
+        trainer.add_callback(LivePage(run.path))
     trainer.accelerator.wait_for_everyone()
     outcome = trainer.train(resume_from_checkpoint=str(run.resume_from) if run.resume_from else None)
 
@@ -107,6 +115,7 @@ def run_recipe(recipe: Recipe, *, fresh: bool = False, quiet: bool = False) -> R
     manifest["verification"] = verify_saved(adapter)
     manifest["evaluation"] = evaluate_trained(trainer, tokenizer, splits, recipe, launch)
     manifest["export"] = export_run(adapter, recipe, run, manifest)
+    write_page(run.path)
     return RunResult(run.path, write_manifest(run, "finished", manifest))
 
 
@@ -119,6 +128,7 @@ def settle_recipe(recipe: Recipe, machine: Machine, launch: Launch) -> Recipe:
     check_metrics(recipe.evaluation.metrics)
     check_section(recipe.data)
     recipe = settle_launch(choose_settings(recipe, machine), launch)
+    raise_faults(check_trackers(recipe.training))
     check_launch(launch, recipe)
     return recipe
 
@@ -154,6 +164,8 @@ def prepare_trainer(
     recipe: Recipe, base: BaseIdentity, tokenizer: PreTrainedTokenizerBase, splits: Splits, quiet: bool
 ) -> LoraTrainer:
     """Base, adapter and trainer. The arguments come first: under ZeRO-3 they say how the base is read."""
+    from transformers import EarlyStoppingCallback
+
     from lora_ft.training.trainer import build_arguments, build_trainer
 
     arguments = build_arguments(recipe.training, recipe.output_dir)
@@ -167,9 +179,12 @@ def prepare_trainer(
         base_folder=base.folder,
     )
     ratio = (recipe.lora or {}).get(LORAPLUS)
-    return build_trainer(
+    trainer = build_trainer(
         model, tokenizer, splits.train, splits.validation, arguments, loraplus_ratio=ratio, quiet=quiet
     )
+    if (patience := recipe.training.get(EARLY_STOPPING)) is not None:
+        trainer.add_callback(EarlyStoppingCallback(patience))
+    return trainer
 
 
 def quiet_libraries() -> None:
@@ -257,22 +272,14 @@ def verify_saved(adapter: Path) -> dict[str, Any]:
 def evaluate_trained(
     trainer: LoraTrainer, tokenizer: PreTrainedTokenizerBase, splits: Splits, recipe: Recipe, launch: Launch
 ) -> dict[str, Any]:
-    """Base against tuned on the test split, written to `report/`; empty without test rows.
+    """Base against tuned on the test split, and the verdict, written to `report/`.
 
     Several ranks have gone their ways by now, so the first one starts a process of its own for it, which reads the
     adapter from disk.
     """
-    from lora_ft.evaluation.compare import compare_models
-    from lora_ft.evaluation.report import write_report
-
-    if len(splits.test) == 0:
-        return {}
     if launch.world_size > 1:
         return evaluate_in_new_process(recipe.output_dir)
-    started = time.perf_counter()
-    model = bare_model(trainer)
-    compared = compare_models(model, tokenizer, splits.test, splits.examples("test"), recipe.data, recipe.evaluation)
-    return write_report(compared, recipe.output_dir, time.perf_counter() - started)
+    return evaluate_model(bare_model(trainer), tokenizer, splits, recipe)
 
 
 def evaluate_run(folder: Path) -> dict[str, Any]:
@@ -281,8 +288,7 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: `folder` is no run, or its base or data are no longer what they were.
     """
-    from lora_ft.evaluation.compare import compare_models
-    from lora_ft.evaluation.report import write_report
+    from lora_ft.evaluation.page import write_page
 
     quiet_libraries()
     recipe = load_recipe(folder / "recipe.yaml")
@@ -291,9 +297,28 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
     splits = build_splits(recipe.data, tokenizer)
     model = load_base(base, recipe.model, recipe.quantization)
     model = attach_adapter(model, None, adapter=str(folder / "adapter"))
+    figures = evaluate_model(model, tokenizer, splits, replace(recipe, output_dir=folder))
+    write_page(folder)
+    return figures
+
+
+def evaluate_model(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, splits: Splits, recipe: Recipe
+) -> dict[str, Any]:
+    """Base against tuned on the test split, which is read here and nowhere else, and the verdict on the run."""
+    from lora_ft.evaluation.compare import compare_models
+    from lora_ft.evaluation.report import write_report
+    from lora_ft.evaluation.verdict import Evidence
+
     started = time.perf_counter()
-    compared = compare_models(model, tokenizer, splits.test, splits.examples("test"), recipe.data, recipe.evaluation)
-    return write_report(compared, folder, time.perf_counter() - started)
+    general = prepare_general(recipe.evaluation, recipe.data, tokenizer)
+    compared = compare_models(
+        model, tokenizer, splits.test, splits.examples("test"), recipe.data, recipe.evaluation, general
+    )
+    curves = trace_curves(read_log(recipe.output_dir))
+    audit = audit_splits(splits, recipe.data, tokenizer)
+    evidence = Evidence(curves, compared, audit, bool(recipe.training.get("load_best_model_at_end")))
+    return write_report(evidence, recipe.output_dir, time.perf_counter() - started)
 
 
 def evaluate_in_new_process(folder: Path) -> dict[str, Any]:

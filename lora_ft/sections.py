@@ -107,7 +107,9 @@ class EvaluationSection:
     generate: int | Literal["all"] = 32
     """How many test rows are answered by generation (the first ones); 0 for none, `all` for every one."""
     metrics: tuple[str, ...] = ("exact_match",)
-    """Metrics over the generated answers."""
+    """Metrics over the generated answers: names, or functions (answer, reference) → number as `FILE.py:FUNCTION`."""
+    general: str | None = "builtin:general/text.jsonl"
+    """Text that has nothing to do with the task, to see what was forgotten: a file as in `data.sources`, or null."""
     max_new_tokens: int = 128
     """Longest generated answer in tokens."""
     batch_size: int = 16

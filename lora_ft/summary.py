@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from lora_ft.model.planning import RecipePlan
-from lora_ft.run import RunResult
+if TYPE_CHECKING:
+    from lora_ft.evaluation.side_by_side import ComparedRun
+    from lora_ft.model.planning import RecipePlan
+    from lora_ft.run import RunResult
+    from lora_ft.sweep.study import SweepResult
 
 LIES_THERE = {
     "adapter": "the adapter, as PeftModel.from_pretrained reads it",
     "merged": "base and adapter in one, as transformers.pipeline reads it",
-    "report": "every figure, and every answer beside its reference",
+    "report": "report.html for a browser, every figure, and every answer beside its reference",
     "recipe.yaml": "the recipe as it was run, with what was chosen for this machine",
     "run.json": "versions, fingerprints, figures, and every file's hash",
 }
@@ -29,8 +35,7 @@ def print_summary(result: RunResult) -> None:
         f" in {training['train_runtime']:.0f} s, mean loss {training['train_loss']:.3f}"
     )
     console.print(f"[bold]verified[/] {_last_detail(manifest['verification'])}")
-    if manifest["evaluation"]:
-        print_scores(manifest["evaluation"], console)
+    print_scores(manifest["evaluation"], console)
     if merge := manifest["export"].get("merge"):
         proof = merge["proof"]
         console.print(
@@ -45,18 +50,26 @@ def print_summary(result: RunResult) -> None:
     console.print(f"\nnext: [bold]lora-ft chat {_shorten(folder)} --base[/]")
 
 
-def print_scores(figures: dict[str, Any], console: Console | None = None) -> None:
-    """Base against tuned as a table."""
+def print_scores(evaluation: dict[str, Any], console: Console | None = None) -> None:
+    """The verdict, and base against tuned as a table, with the interval that resampled rows leave the difference in."""
     console = console or Console(highlight=False)
-    base, tuned = figures["base"], figures["tuned"]
-    table = Table(title=f"test split, {base['num_supervised_tokens']:,} supervised tokens", title_justify="left")
-    table.add_column("")
-    table.add_column("base", justify="right")
-    table.add_column("tuned", justify="right")
-    table.add_row("perplexity", f"{base['perplexity']:.2f}", f"{tuned['perplexity']:.2f}")
-    table.add_row("token accuracy", f"{base['token_accuracy']:.1%}", f"{tuned['token_accuracy']:.1%}")
-    for name, value in base["metrics"].items():
-        table.add_row(f"{name}, {base['num_answers']} answers", f"{value:.1%}", f"{tuned['metrics'][name]:.1%}")
+    verdict = evaluation["verdict"]
+    for number, finding in enumerate(verdict["findings"]):
+        console.print(f"[bold]{'also' if number else 'verdict'}[/] {finding['name']}: {escape(finding['because'])}")
+        console.print(f"  next: {escape(finding['advice'])}", style="dim")
+    if not evaluation["figures"]:
+        return
+    title = f"test split, {evaluation['num_supervised_tokens']:,} supervised tokens"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for column in ("", "rows", "base", "tuned", "difference", "95% interval"):
+        table.add_column(column, justify="right" if column else "left")
+    figures = evaluation["figures"] | ({"general text loss": g} if (g := evaluation["general"]) else {})
+    for name, figure in figures.items():
+        unit, difference = figure["unit"], figure["difference"]
+        values = (show_value(figure[column]["value"], unit) for column in ("base", "tuned"))
+        low, high = (show_value(difference[part], unit, "+") for part in ("low", "high"))
+        change = show_value(difference["value"], unit, "+")
+        table.add_row(name.replace("_", " "), f"{figure['num_rows']:,}", *values, change, f"{low} to {high}")
     console.print(table)
 
 
@@ -79,6 +92,62 @@ def print_plan(planned: RecipePlan) -> None:
     console.print(table)
     for change in planned.changes:
         console.print(f"fits with: {change}", soft_wrap=True)
+
+
+def print_runs(runs: Sequence[ComparedRun]) -> None:
+    """Runs side by side as a table; differing settings above, figures of the tuned models below."""
+    console = Console(highlight=False)
+    table = Table(title="tuned, on the test split", title_justify="left")
+    for column in ("", *(run.name for run in runs)):
+        table.add_column(column, justify="right" if column else "left")
+    for key in runs[0].settings:
+        table.add_row(key, *(str(run.settings[key]) for run in runs), style="dim")
+    table.add_row("verdict", *(run.verdict for run in runs))
+    table.add_row("trained parameters", *(f"{run.num_parameters:,}" for run in runs))
+    table.add_row("seconds", *("–" if run.train_seconds is None else f"{run.train_seconds:.0f}" for run in runs))
+    for name in dict.fromkeys(name for run in runs for name in run.figures):
+        found = [run.figures.get(name) for run in runs]
+        table.add_row(name.replace("_", " "), *(show_estimate(f["tuned"], f["unit"]) if f else "–" for f in found))
+    if any(run.general for run in runs):
+        found = [run.general for run in runs]
+        cells = (show_estimate(f["difference"], f["unit"], "+") if f else "–" for f in found)
+        table.add_row("general text, change", *cells)
+    console.print(table)
+    if len({run.data for run in runs}) > 1:
+        console.print("These runs had different data, so their figures are of different test rows.")
+
+
+def print_sweep(result: SweepResult) -> None:
+    """Trials, the best first, and where the best recipe lies."""
+    console = Console(highlight=False)
+    table = Table(title="trials by validation loss", title_justify="left")
+    keys = dict.fromkeys(key for trial in result.trials for key in trial.settings)
+    for column in ("trial", "loss", *keys, ""):
+        table.add_column(column, justify="right")
+    for trial in sorted(result.trials, key=lambda trial: (trial.state != "complete", trial.loss or 0.0)):
+        loss = f"{trial.loss:.4f}" if trial.loss is not None else "–"
+        state = "" if trial.state == "complete" else "ended early" if trial.state == "pruned" else "interrupted"
+        table.add_row(str(trial.number), loss, *(_show_setting(trial.settings.get(key)) for key in keys), state)
+    console.print(table)
+    if result.best is not None:
+        console.print(f"next: [bold]lora-ft train {_shorten(result.folder / 'best.yaml')}[/]")
+
+
+def _show_setting(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def show_estimate(estimate: dict[str, float], unit: str, sign: str = "") -> str:
+    """`12.3% [10.1%, 14.0%]`."""
+    value, low, high = (show_value(estimate[part], unit, sign) for part in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def show_value(value: float, unit: str, sign: str = "") -> str:
+    """`12.3%` of a share, `0.123` nats, or a number to four digits."""
+    if unit == "share":
+        return f"{value * 100:{sign}.1f}%"
+    return f"{value:{sign}.3f}" if unit == "nats" else f"{value:{sign}.4g}"
 
 
 def _last_detail(verification: dict[str, Any]) -> str:

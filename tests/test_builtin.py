@@ -176,3 +176,11 @@ def test_pretraining_text_equals_the_template(tokenizer, scripts_on_path: None) 
 @pytest.mark.parametrize("text", ["Grüße, 42 °C!", "  two  spaces\n\ttabs", "日本語 😀", "HD-2207"])
 def test_tokenizer_gives_back_any_text(tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_general_text_is_made_again_byte_for_byte(tmp_path: Path) -> None:
+    run_script("generate_general.py", "--out", str(tmp_path))
+    for path in tmp_path.iterdir():
+        assert path.read_bytes() == (HALDEN.parent / "general" / path.name).read_bytes(), path.name
+    texts = (tmp_path / "text.jsonl").read_text(encoding="utf-8")
+    assert "Halden" not in texts and len(set(texts.splitlines())) == 96

@@ -58,9 +58,10 @@ def test_two_ranks_are_one_run(config, recipe_file, tmp_path):
     assert manifest["machine"]["processes"] == 2
     assert manifest["verification"]["ok"]
     assert read_losses(two) == pytest.approx(read_losses(one), rel=0.01)
-    figures = {folder: json.loads((folder / "run.json").read_text())["evaluation"] for folder in (one, two)}
-    assert figures[two]["tuned"]["loss"] == pytest.approx(figures[one]["tuned"]["loss"], rel=0.01)
-    assert figures[two]["base"]["loss"] == pytest.approx(figures[one]["base"]["loss"], rel=1e-4)
+    manifests = {folder: json.loads((folder / "run.json").read_text()) for folder in (one, two)}
+    losses = {folder: manifest["evaluation"]["figures"]["loss"] for folder, manifest in manifests.items()}
+    assert losses[two]["tuned"]["value"] == pytest.approx(losses[one]["tuned"]["value"], rel=0.01)
+    assert losses[two]["base"]["value"] == pytest.approx(losses[one]["base"]["value"], rel=1e-4)
     verified = subprocess.run([sys.executable, "-m", "lora_ft", "verify", str(two)], capture_output=True, text=True)
     assert verified.returncode == 0, verified.stdout + verified.stderr
 

@@ -21,6 +21,8 @@ FLOORS = {
     "export": 5,
     "run": 6,
     "summary": 7,
+    "watch": 7,
+    "sweep": 7,
     "chat": 7,
     "cli": 8,
     "__main__": 9,

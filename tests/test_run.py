@@ -69,10 +69,12 @@ def test_run_folder_holds_what_the_design_says(finished):
 
 def test_loss_goes_down_and_tuned_beats_base(finished):
     _, manifest = finished
-    base, tuned = manifest["evaluation"]["base"], manifest["evaluation"]["tuned"]
-    assert base["num_supervised_tokens"] == tuned["num_supervised_tokens"] > 0
-    assert tuned["perplexity"] < base["perplexity"] / 3
-    assert tuned["metrics"]["exact_match"] > base["metrics"]["exact_match"]
+    figures = manifest["evaluation"]["figures"]
+    assert figures["perplexity"]["tuned"]["value"] < figures["perplexity"]["base"]["value"] / 3
+    assert figures["loss"]["difference"]["high"] < 0, "no accident of these rows"
+    assert figures["exact_match"]["difference"]["low"] > 0
+    assert manifest["evaluation"]["general"]["num_rows"] == 96
+    assert manifest["evaluation"]["verdict"]["name"] == "leaking split", "the test rows are the training rows"
 
 
 def test_resolved_recipe_reads_back_and_gives_reasons(finished):
@@ -168,8 +170,8 @@ def test_evaluate_again_gives_the_same_figures(finished):
     done = lora_ft("evaluate", folder, "--json")
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
-    assert figures["base"] == manifest["evaluation"]["base"]
-    assert figures["tuned"] == manifest["evaluation"]["tuned"]
+    assert figures["figures"] == manifest["evaluation"]["figures"]
+    assert figures["general"] == manifest["evaluation"]["general"]
 
 
 def test_chat_answers_from_a_pipe(finished, chat_rows):
@@ -217,7 +219,7 @@ def test_loss_is_on_answers_only(finished, chat_rows, tiny_base):
     tokenizer = AutoTokenizer.from_pretrained(tiny_base)
     answers = [row["messages"][1]["content"] for row in chat_rows]
     expected = sum(len(tokenizer(answer)["input_ids"]) + 1 for answer in answers)
-    assert manifest["evaluation"]["base"]["num_supervised_tokens"] == expected
+    assert manifest["evaluation"]["num_supervised_tokens"] == expected
 
 
 @pytest.mark.parametrize(

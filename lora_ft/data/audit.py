@@ -54,6 +54,8 @@ TEXT_CHECKS: dict[str, tuple[Verdict, str]] = {
     "control characters": ("note", "They seldom belong in text."),
 }
 """What is looked for in the text of rows, with what it means."""
+LEAKS = ("held-out questions asked in training too", "held-out rows much like training rows")
+"""Names of the checks for rows that stand on both sides of the test."""
 FIRST_LETTER = re.compile(r"[^\W\d_]").search
 
 
@@ -210,8 +212,8 @@ def check_copies(splits: Splits) -> list[Check]:
 
     leaked = "Measured on them, memory looks like skill. Take them out of one side."
     return [
-        found("held-out questions asked in training too", is_leak, "warning", leaked),
-        found("held-out rows much like training rows", is_near_leak, "warning", f"They share {percent}. {leaked}"),
+        found(LEAKS[0], is_leak, "warning", leaked),
+        found(LEAKS[1], is_near_leak, "warning", f"They share {percent}. {leaked}"),
         found("copies of earlier rows", is_copy, "note", "They weigh more than others. All copies are on one side."),
         found("rows much like earlier rows", is_near, "note", f"They share {percent}."),
     ]

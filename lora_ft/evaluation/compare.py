@@ -1,6 +1,6 @@
 """Base against tuned, on rows nobody trained on: loss over the answers' tokens, and answers written out.
 
-Shapes: B rows, S positions.
+Shapes: N rows, B rows of a batch, S positions.
 """
 
 from __future__ import annotations
@@ -9,37 +9,44 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 from lora_ft.data.collate import Collator
 from lora_ft.data.example import Example
 from lora_ft.data.render import Renderer
-from lora_ft.evaluation.metrics import score_answers
+from lora_ft.evaluation.bootstrap import Estimate, Finish, estimate_pair, ratio
+from lora_ft.evaluation.metrics import find_metric
 from lora_ft.sections import DataSection, EvaluationSection
-from lora_ft.training.loss import score_batch
+from lora_ft.training.loss import add_scoring
+from lora_ft.training.meter import sum_rows
 
 if TYPE_CHECKING:
     import datasets
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
+WINDOW_BATCHES = 16
+"""Batches that are read at once and sorted by length; memory does not grow with the rows beyond them."""
+
 
 @dataclass(frozen=True)
-class Scores:
-    """One model on one split."""
+class Figure:
+    """One thing measured of both models on the same rows."""
 
-    loss: float
-    """Mean negative log-likelihood of a supervised token, in nats."""
-    perplexity: float
-    """exp(loss)."""
-    token_accuracy: float
-    """Share of supervised tokens that are the model's first choice."""
-    num_supervised_tokens: int
-    """Tokens the three figures above are means over."""
-    metrics: dict[str, float]
-    """Means over the generated answers, by name."""
-    num_answers: int
-    """Answers the metrics are means over."""
+    base: Estimate
+    """Without the adapter."""
+    tuned: Estimate
+    """With it."""
+    difference: Estimate
+    """Tuned less base; an interval without 0 means that it is no accident of these rows."""
+    unit: Literal["share", "nats", "number"]
+    """How it reads: as a percentage, in nats a token, or as it is."""
+    better: Literal["higher", "lower"]
+    """Which way is better."""
+    num_rows: int
+    """Rows it was measured on."""
 
 
 @dataclass(frozen=True)
@@ -58,18 +65,21 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Base and tuned on the test split."""
+    """Base and tuned on the test split. A task adds figures of its own by name; reports show what is there."""
 
-    base: Scores
-    """Without the adapter."""
-    tuned: Scores
-    """With it."""
-    predictions: tuple[Prediction, ...]
+    figures: dict[str, Figure]
+    """loss, perplexity and token_accuracy over supervised tokens, then the metrics, by name."""
+    num_supervised_tokens: int
+    """Tokens that the first three are means over."""
+    predictions: tuple[Prediction, ...] = ()
     """The rows that were answered, in order."""
+    general: Figure | None = None
+    """Loss on text that has nothing to do with the task: what was forgotten."""
 
     def to_json(self) -> dict[str, Any]:
-        """Both scores as plain values; the predictions go to a file of their own."""
-        return {"base": asdict(self.base), "tuned": asdict(self.tuned)}
+        """All of it as plain values but the predictions, which go to a file of their own."""
+        plain = asdict(self)
+        return {name: value for name, value in plain.items() if name != "predictions"}
 
 
 def compare_models(
@@ -79,25 +89,77 @@ def compare_models(
     examples: Sequence[Example],
     data: DataSection,
     section: EvaluationSection,
+    general: datasets.Dataset | None = None,
 ) -> Comparison:
-    """Scores of the model without and with its adapter on the same rows.
+    """Figures of the model without and with its adapter on the same rows.
 
-    `rows` are the tokenised test rows (`input_ids`, `labels`), `examples` the same rows before rendering.
+    `rows` are the tokenised test rows (`input_ids`, `labels`), `examples` the same rows before rendering, `general`
+    tokenised rows of other text. Sums are kept row by row, so neither the batch size nor the batches' order matters.
     """
+    if not len(rows):
+        return Comparison({}, 0)
+    predictions = tuple(answer_rows(model, tokenizer, examples, data, section))
+    scores = score_pair(model, tokenizer, rows, section.batch_size)
+    figures = {
+        "loss": compare_sums(scores, (0, 2), ratio, "nats", "lower"),
+        "perplexity": compare_sums(scores, (0, 2), _perplexity, "number", "lower"),
+        "token_accuracy": compare_sums(scores, (1, 2), ratio, "share", "higher"),
+    }
+    forgotten = None
+    if general is not None and len(general):
+        general_scores = score_pair(model, tokenizer, general, section.batch_size)
+        forgotten = compare_sums(general_scores, (0, 2), ratio, "nats", "lower")
+    num_tokens = int(scores[0][:, 2].sum())
+    return Comparison(figures | score_answers(predictions, section.metrics), num_tokens, predictions, forgotten)
+
+
+def score_answers(predictions: Sequence[Prediction], names: Sequence[str]) -> dict[str, Figure]:
+    """Each metric over the answers of both models; empty where there are none."""
+    figures: dict[str, Figure] = {}
+    references = [prediction.reference for prediction in predictions]
+    for name in names if predictions else ():
+        metric = find_metric(name)
+        base = metric.measure([prediction.base for prediction in predictions], references)
+        tuned = metric.measure([prediction.tuned for prediction in predictions], references)
+        paired = estimate_pair(base, tuned, metric.finish)
+        label = name.rpartition("/")[2]
+        figures[label] = Figure(paired.base, paired.tuned, paired.difference, metric.unit, "higher", len(predictions))
+    return figures
+
+
+def compare_sums(
+    scores: tuple[np.ndarray, np.ndarray],
+    columns: Sequence[int],
+    finish: Finish,
+    unit: Literal["share", "nats", "number"],
+    better: Literal["higher", "lower"],
+) -> Figure:
+    """The figure that `finish` makes of some columns of both models' rows [N, k]."""
+    base, tuned = (sums[:, columns] for sums in scores)
+    paired = estimate_pair(base, tuned, finish)
+    return Figure(paired.base, paired.tuned, paired.difference, unit, better, len(base))
+
+
+def answer_rows(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    data: DataSection,
+    section: EvaluationSection,
+) -> Iterator[Prediction]:
+    """The first `section.generate` rows, answered by both models, a window of batches at a time."""
     count = len(examples) if section.generate == "all" else min(section.generate, len(examples))
-    asked = examples[:count]
-    renderer = Renderer(tokenizer, data)
-    prompts = [renderer.render_prompt(example) for example in asked]
-    references = [example.reference for example in asked]
-    scores, answers = [], []
-    for adapter_on in (False, True):
-        with _evaluating(model, adapter_on):
-            written = generate_answers(model, tokenizer, prompts, renderer.stop_token_ids, section)
-            scores.append(_score(model, tokenizer, rows, written, references, section))
-            answers.append(written)
-    texts = tokenizer.batch_decode(prompts) if prompts else []
-    predictions = tuple(Prediction(*row) for row in zip(texts, references, *answers, strict=True))
-    return Comparison(scores[0], scores[1], predictions)
+    renderer, window = Renderer(tokenizer, data), section.batch_size * WINDOW_BATCHES
+    for start in range(0, count, window):
+        asked = [examples[index] for index in range(start, min(start + window, count))]
+        prompts = [renderer.render_prompt(example) for example in asked]
+        answers = []
+        for adapter_on in (False, True):
+            with evaluating(model, adapter_on):
+                answers.append(generate_answers(model, tokenizer, prompts, renderer.stop_token_ids, section))
+        references = [example.reference for example in asked]
+        texts = tokenizer.batch_decode(prompts)
+        yield from (Prediction(*row) for row in zip(texts, references, *answers, strict=True))
 
 
 def generate_answers(
@@ -113,10 +175,8 @@ def generate_answers(
     """
     import torch
 
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers = [""] * len(prompts)
-    for start in range(0, len(order), section.batch_size):
-        chosen = order[start : start + section.batch_size]
+    for chosen in _batches([len(prompt) for prompt in prompts], section.batch_size):
         width = max(len(prompts[index]) for index in chosen)
         ids = torch.full((len(chosen), width), tokenizer.pad_token_id)
         mask = torch.zeros_like(ids)
@@ -142,7 +202,7 @@ def generate_answers(
 
 
 @contextlib.contextmanager
-def _evaluating(model: PeftModel, adapter_on: bool) -> Iterator[None]:
+def evaluating(model: PeftModel, adapter_on: bool) -> Iterator[None]:
     """Evaluation mode, with or without the adapter, and everything as it was afterwards."""
     was_training, model_cache = model.training, model.config.use_cache
     model.eval()
@@ -155,27 +215,40 @@ def _evaluating(model: PeftModel, adapter_on: bool) -> Iterator[None]:
         model.train(was_training)
 
 
-def _score(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: datasets.Dataset,
-    answers: Sequence[str],
-    references: Sequence[str],
-    section: EvaluationSection,
-) -> Scores:
-    """Sums over all supervised tokens of all rows, divided once: the batch size does not matter."""
+def score_pair(
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: datasets.Dataset, batch_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """`score_rows` of the base and of the tuned model."""
+    scores = []
+    for adapter_on in (False, True):
+        with evaluating(model, adapter_on):
+            scores.append(score_rows(model, tokenizer, rows, batch_size))
+    return scores[0], scores[1]
+
+
+def score_rows(model: Any, tokenizer: PreTrainedTokenizerBase, rows: datasets.Dataset, batch_size: int) -> np.ndarray:
+    """Loss in nats, tokens that were the first choice, and supervised tokens of each row [N, 3]: 24 bytes a row."""
     import torch
 
-    collate = Collator(tokenizer.pad_token_id)
-    loss_sum, num_correct, num_tokens = 0.0, 0, 0
-    for start in range(0, len(rows), section.batch_size):
-        batch = collate([rows[index] for index in range(start, min(start + section.batch_size, len(rows)))])
-        with torch.no_grad():
-            scored = score_batch(model, {name: tensor.to(model.device) for name, tensor in batch.items()})
-        loss_sum += scored.loss_sum
-        num_correct += scored.num_correct
-        num_tokens += scored.num_tokens
-    loss = loss_sum / num_tokens if num_tokens else math.nan
-    metrics = score_answers(answers, references, section.metrics)
-    accuracy = num_correct / num_tokens if num_tokens else math.nan
-    return Scores(loss, math.exp(min(loss, 700.0)), accuracy, num_tokens, metrics, len(answers))
+    add_scoring(model)
+    collate, window = Collator(tokenizer.pad_token_id), batch_size * WINDOW_BATCHES
+    sums = np.empty((len(rows), 3))
+    for start in range(0, len(rows), window):
+        read = [rows[index] for index in range(start, min(start + window, len(rows)))]
+        for chosen in _batches([len(row["input_ids"]) for row in read], batch_size):
+            batch = collate([read[index] for index in chosen])
+            with torch.no_grad():
+                scored = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}, score=True)
+            row_sums = sum_rows(scored, len(chosen)).double().cpu().numpy()
+            sums[start + np.array(chosen)] = row_sums[:, :3]
+    return sums
+
+
+def _batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Indices in batches of like length, so that little is padding."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    yield from (order[start : start + size] for start in range(0, len(order), size))
+
+
+def _perplexity(sums: np.ndarray) -> float:
+    return math.exp(min(ratio(sums), 700.0))

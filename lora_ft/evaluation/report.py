@@ -7,16 +7,28 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lora_ft.evaluation.compare import Comparison
+from lora_ft.evaluation.verdict import Evidence, judge_run
 from lora_ft.fingerprint import whole_folder
 
+REPORT, PREDICTIONS = "report.json", "predictions.jsonl"
 
-def write_report(compared: Comparison, run: Path, seconds: float) -> dict[str, Any]:
-    """`report/report.json` and `report/predictions.jsonl` below the run's folder; returns what the former says."""
-    figures = {**compared.to_json(), "seconds": round(seconds, 2)}
+
+def write_report(evidence: Evidence, run: Path, seconds: float) -> dict[str, Any]:
+    """`report/report.json` and `report/predictions.jsonl` below the run's folder; returns figures and verdict."""
+    verdict = judge_run(evidence).to_json()
+    figures = {**evidence.compared.to_json(), "verdict": verdict, "seconds": round(seconds, 2)}
+    whole = {**figures, "curves": evidence.curves.to_json(), "audit": evidence.audit.to_json()}
     with whole_folder(run / "report") as folder:
-        (folder / "report.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-        with open(folder / "predictions.jsonl", "w", encoding="utf-8") as stream:
-            for prediction in compared.predictions:
+        (folder / REPORT).write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        with open(folder / PREDICTIONS, "w", encoding="utf-8") as stream:
+            for prediction in evidence.compared.predictions:
                 stream.write(json.dumps(asdict(prediction), ensure_ascii=False) + "\n")
     return figures
+
+
+def read_report(run: Path) -> dict[str, Any] | None:
+    """What `report/report.json` says, or None before the run was evaluated."""
+    try:
+        return json.loads((run / "report" / REPORT).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from lora_ft.builtin import is_builtin
 from lora_ft.export.manifest import AdapterManifest, read_manifest
 from lora_ft.export.merge_report import MergeReport, read_report
 
@@ -102,15 +103,12 @@ def data_section(run: Mapping[str, Any] | None) -> list[str]:
 def figures_section(run: Mapping[str, Any] | None) -> list[str]:
     """Base against tuned model on the test split."""
     evaluation = (run or {}).get("evaluation") or {}
-    base, tuned = evaluation.get("base"), evaluation.get("tuned")
-    if not base or not tuned:
+    figures = evaluation.get("figures") or {}
+    if not figures:
         return []
-    names = [name for name in ("loss", "perplexity", "token_accuracy") if name in tuned]
-    rows = [(name, figure(base.get(name)), figure(tuned[name])) for name in names]
-    rows += [
-        (name, figure(base["metrics"].get(name)), figure(value)) for name, value in tuned.get("metrics", {}).items()
-    ]
-    return ["## On the test split", "", *table(("", "base", "tuned"), rows)]
+    columns = ("base", "tuned", "difference")
+    rows = [(name, *(interval(found[column]) for column in columns)) for name, found in figures.items()]
+    return ["## On the test split", "", *table(("", *columns), rows)]
 
 
 def proof_section(facts: CardFacts) -> list[str]:
@@ -180,9 +178,10 @@ def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> list[str]:
     return ["| " + " | ".join(cells) + " |" for cells in lines]
 
 
-def figure(value: object) -> str:
-    """A number to four digits."""
-    return f"{value:.4g}" if isinstance(value, (int, float)) else "–"
+def interval(estimate: Mapping[str, float]) -> str:
+    """A figure to four digits, and the interval that holds it in 95% of resamples of the rows."""
+    value, low, high = (f"{estimate[part]:.4g}" for part in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
 
 
 def adapter_facts(manifest: AdapterManifest, title: str) -> CardFacts:
@@ -245,4 +244,8 @@ def public_recipe(recipe: Mapping[str, Any], base: str) -> dict[str, Any]:
     shown["model"] = {**shown.get("model", {}), "base": base}
     data = dict(shown.get("data") or {})
     data["sources"] = [{**source, "path": Path(source["path"]).name} for source in data.get("sources", [])]
-    return {**shown, "data": data}
+    evaluation = dict(shown.get("evaluation") or {})
+    evaluation["metrics"] = [name.rpartition("/")[2] for name in evaluation.get("metrics", [])]
+    if (general := evaluation.get("general")) and not is_builtin(general):
+        evaluation["general"] = Path(general).name
+    return {**shown, "data": data, "evaluation": evaluation}

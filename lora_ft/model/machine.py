@@ -18,6 +18,7 @@ from functools import cache
 from typing import Any
 
 from lora_ft.errors import Fault, UserError, raise_faults
+from lora_ft.recipe import EARLY_STOPPING
 from lora_ft.sections import Choice, Recipe
 
 
@@ -97,8 +98,12 @@ def settle_validation(recipe: Recipe, num_validation_rows: int) -> Recipe:
     """The recipe, with no evaluation during training if it was only chosen here and no row turned up for it.
 
     Raises:
-        UserError: the recipe itself asks for one, and there are no rows: it would fail at its first evaluation.
+        UserError: the recipe itself asks for one, or for early stopping, and there are no rows.
     """
+    if EARLY_STOPPING in recipe.training and not (num_validation_rows and recipe.training["eval_strategy"] != "no"):
+        rule = "There is no validation to stop by: no rows, or eval_strategy is no."
+        value = recipe.training[EARLY_STOPPING]
+        raise UserError(f"training.{EARLY_STOPPING}", value, rule, "Raise data.split.validation, or remove this key.")
     if num_validation_rows or recipe.training["eval_strategy"] == "no":
         return recipe
     if "training.eval_strategy" not in {choice.key for choice in recipe.choices}:
@@ -129,6 +134,8 @@ def _training_settings(recipe: Recipe, machine: Machine, dtype: str) -> Iterator
         *(("epoch", "as often as weights are saved") if has_validation else ("no", "no validation rows")),
     )
     yield "save_strategy", "epoch", "an interrupted run loses at most one epoch"
+    if EARLY_STOPPING in recipe.training:
+        yield "load_best_model_at_end", True, "early stopping goes back to the best step"
     yield "save_total_limit", 2, "the newest, and one before it"
     yield "ddp_find_unused_parameters", False, "every adapter is used in every step, so no rank need look"
     yield "logging_steps", 5, "often enough to draw a curve"

@@ -40,13 +40,21 @@ class Progress(TrainerCallback):
 
 
 class LogFile(TrainerCallback):
-    """Each logged step as a JSON line: step, epoch, seconds since 1970, and what was measured."""
+    """Each logged step as a JSON line: step, epoch, seconds since 1970, and what was measured; the first one tells how
+    many steps there will be."""
 
     def __init__(self, path: Path):
         self._path = path
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:
-            line = {"step": state.global_step, "epoch": state.epoch, "time": round(time.time(), 3), **logs}
-            with open(self._path, "a", encoding="utf-8") as stream:
-                stream.write(json.dumps(line) + "\n")
+            self._write(state, logs)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self._write(state, {"max_steps": state.max_steps})
+
+    def _write(self, state: Any, logs: dict[str, float]) -> None:
+        line = {"step": state.global_step, "epoch": state.epoch, "time": round(time.time(), 3), **logs}
+        with open(self._path, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line) + "\n")

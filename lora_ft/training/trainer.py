@@ -18,7 +18,7 @@ from trl import SFTConfig, SFTTrainer
 
 from lora_ft.data.collate import Collator
 from lora_ft.errors import Fault, UserError, raise_faults
-from lora_ft.recipe import check_buildable
+from lora_ft.recipe import EARLY_STOPPING, check_buildable
 from lora_ft.training.attention import document_attention, keeps_documents_apart
 from lora_ft.training.lora_linear import fused_lora
 from lora_ft.training.loss import TokenScores, add_scoring
@@ -216,7 +216,8 @@ def build_arguments(training: dict[str, Any], output_dir: Path) -> SFTConfig:
         "logging_nan_inf_filter": False,
         "disable_tqdm": True,  # `Progress` draws the bar
     }
-    return check_buildable("training", SFTConfig, {**training, **owned}, "recipe")
+    fields = {name: value for name, value in training.items() if name != EARLY_STOPPING}
+    return check_buildable("training", SFTConfig, {**fields, **owned}, "recipe")
 
 
 def build_trainer(

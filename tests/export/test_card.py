@@ -16,8 +16,13 @@ RUN = {
         "faults": ["data.jsonl:3: my private row"],
     },
     "evaluation": {
-        "base": {"loss": 3.25, "perplexity": 25.8, "token_accuracy": 0.4, "metrics": {"exact_match": 0.0}},
-        "tuned": {"loss": 1.5, "perplexity": 4.48, "token_accuracy": 0.75, "metrics": {"exact_match": 0.625}},
+        "figures": {
+            "exact_match": {
+                "base": {"value": 0.0, "low": 0.0, "high": 0.0},
+                "tuned": {"value": 0.625, "low": 0.5, "high": 0.75},
+                "difference": {"value": 0.625, "low": 0.5, "high": 0.75},
+            }
+        }
     },
     "versions": {"torch": "2.13.0", "peft": "0.21.2"},
 }
@@ -26,6 +31,7 @@ RECIPE = {
     "model": {"base": "/home/anna/base", "dtype": "bfloat16"},
     "lora": {"r": 16},
     "data": {"sources": [{"path": "/home/anna/data/tickets.jsonl"}], "max_length": 512},
+    "evaluation": {"metrics": ["f1", "/home/anna/score.py:score"], "general": "/home/anna/old.txt"},
     "export": {"merge": True},
 }
 
@@ -61,9 +67,10 @@ def test_a_run_gives_counts_figures_recipe_and_versions(plain, run):
     card = render_card(add_run(facts, run))
     for line in (
         "| train | 40 | 900 | 300 |",
-        "| loss | 3.25 | 1.5 |",
-        "| exact_match | 0 | 0.625 |",
+        "| exact_match | 0 [0, 0] | 0.625 [0.5, 0.75] | 0.625 [0.5, 0.75] |",
         "  - path: tickets.jsonl",
+        "  - score.py:score",
+        "  general: old.txt",
         "torch 2.13.0, peft 0.21.2",
     ):
         assert line in card

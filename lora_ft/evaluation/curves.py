@@ -1,0 +1,72 @@
+"""What a run logged, as curves over its steps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+TURNED_BY, TURNED_BY_NATS = 0.02, 0.005
+"""Validation has turned where it ends this much above its lowest, as a share of it and in nats: less is noise."""
+LOG = "log.jsonl"
+
+
+@dataclass(frozen=True)
+class Point:
+    """A loss at a step."""
+
+    step: int
+    """Optimizer steps so far."""
+    epoch: float
+    """Passes over the training rows so far."""
+    loss: float
+    """Mean over supervised tokens, in nats."""
+
+
+@dataclass(frozen=True)
+class Curves:
+    """How the losses went."""
+
+    train: tuple[Point, ...] = ()
+    """Loss of the rows trained on since the point before."""
+    validation: tuple[Point, ...] = ()
+    """Loss of the validation split; at step 0 that of the base."""
+
+    @property
+    def lowest(self) -> Point | None:
+        """Where validation was lowest."""
+        return min(self.validation, key=lambda point: point.loss, default=None)
+
+    @property
+    def turning(self) -> Point | None:
+        """Where validation was lowest, if it ended clearly above; None where it never turned."""
+        if (lowest := self.lowest) is None:
+            return None
+        rise = self.validation[-1].loss - lowest.loss
+        return lowest if rise > max(TURNED_BY * lowest.loss, TURNED_BY_NATS) else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def read_log(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log; one that is being written is left for later, and none where there is no log yet."""
+    try:
+        text = (run / LOG).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def trace_curves(lines: Iterable[dict[str, Any]]) -> Curves:
+    """The curves of logged lines. Where a resumed run took steps again, the later line counts."""
+    found: dict[str, dict[int, Point]] = {"loss": {}, "eval_loss": {}}
+    for line in lines:
+        for name, points in found.items():
+            if name in line:
+                points[line["step"]] = Point(line["step"], line.get("epoch") or 0.0, line[name])
+    train, validation = (tuple(points[step] for step in sorted(points)) for points in found.values())
+    return Curves(train, validation)

@@ -1,0 +1,194 @@
+"""A sweep: trials of a recipe within a space, remembered in SQLite, so that it goes on after an interruption.
+
+Source: Akiba et al. 2019, "Optuna: A Next-generation Hyperparameter Optimization Framework".
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from lora_ft.errors import UserError
+from lora_ft.fingerprint import hash_json
+from lora_ft.recipe import dump_recipe, load_recipe
+from lora_ft.sections import Recipe
+from lora_ft.sweep.space import Axis, as_override, describe_space, load_space
+
+RunTrial = Callable[[Recipe, Callable[[int, float], bool]], float | None]
+SEED = 42
+STARTUP_TRIALS = 4
+"""Trials drawn at random, and never ended early, before the sampler and the pruner have something to go by."""
+STUDY, RESULT, BEST = "sweep.db", "sweep.json", "best.yaml"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial."""
+
+    number: int
+    """From 0, in order."""
+    state: str
+    """`complete`, `pruned` (ended early), or `fail`."""
+    loss: float | None
+    """Validation loss, in nats a token."""
+    settings: dict[str, Any]
+    """The keys it was run with."""
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """A sweep as it stands."""
+
+    folder: Path
+    """Where all of it lies."""
+    trials: tuple[Trial, ...]
+    """All that ended, those of earlier starts too."""
+    best: Trial | None
+    """The one with the lowest validation loss."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            **asdict(self),
+            "folder": str(self.folder),
+            "best_recipe": str(self.folder / BEST) if self.best else None,
+        }
+
+
+def sweep(
+    recipe: str | Path,
+    space: Path,
+    num_trials: int,
+    overrides: Sequence[str] = (),
+    folder: Path | None = None,
+    run_trial: RunTrial | None = None,
+) -> SweepResult:
+    """Trials until there are `num_trials` in all, by the validation loss alone; the best recipe is written out.
+
+    Raises:
+        UserError: Optuna is absent, the space does not fit the recipe, or the folder holds another sweep.
+    """
+    if importlib.util.find_spec("optuna") is None:
+        raise UserError("sweep", None, "The package optuna is not installed.", "Run: pip install 'lora-ft[sweep]'")
+    plain = load_recipe(recipe, overrides)
+    axes = load_space(space, recipe, overrides)
+    folder = folder or plain.output_dir.with_name(f"{plain.output_dir.name}-sweep")
+    folder.mkdir(parents=True, exist_ok=True)
+    train = run_trial or _load_run_trial()
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            study = open_study(folder, plain, axes)
+            while (number := count_ended(study)) < num_trials:
+                print(f"trial {number + 1} of {num_trials}", file=sys.stderr)
+                run_one(study, axes, recipe, overrides, folder, train)
+            return write_result(study, axes, recipe, overrides, folder)
+    except Timeout:
+        rule = "Another process sweeps into this folder."
+        raise UserError(str(folder), None, rule, "Wait for it, or name another --out.") from None
+
+
+def _load_run_trial() -> RunTrial:
+    """Torch is imported only when the space was read without a fault."""
+    from lora_ft.sweep.trial import run_trial
+
+    return run_trial
+
+
+def open_study(folder: Path, recipe: Recipe, axes: Sequence[Axis]) -> Any:
+    """The study of the folder; trials that an interruption left half done are put in line again.
+
+    Raises:
+        UserError: it was begun with another recipe or another space.
+    """
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    identity = hash_json([dump_recipe(replace(recipe, output_dir=Path())), describe_space(axes)])
+    study = optuna.create_study(
+        study_name="sweep",
+        storage=f"sqlite:///{folder / STUDY}",
+        direction="minimize",
+        load_if_exists=True,
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=STARTUP_TRIALS),
+    )
+    if study.user_attrs.setdefault("identity", identity) != identity:
+        rule = "The sweep in this folder was begun with another recipe or another space."
+        raise UserError(str(folder), None, rule, "Name another --out, or remove the folder.")
+    study.set_user_attr("identity", identity)
+    for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):
+        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+        study.enqueue_trial(trial.params)
+    study.sampler = optuna.samplers.TPESampler(seed=SEED + len(study.trials), n_startup_trials=STARTUP_TRIALS)
+    return study
+
+
+def count_ended(study: Any) -> int:
+    """Trials that came to an end, early or not; one that was interrupted does not count."""
+    return sum(trial.state.name in ("COMPLETE", "PRUNED") for trial in study.trials)
+
+
+def run_one(
+    study: Any, axes: Sequence[Axis], recipe: str | Path, overrides: Sequence[str], folder: Path, run_trial: RunTrial
+) -> None:
+    """The next trial."""
+    import optuna
+
+    trial = study.ask()
+    drawn = [as_override(axis.key, axis.suggest(trial)) for axis in axes]
+    own_folder = as_override("output_dir", str(folder / "trials" / str(trial.number)))
+
+    def report(number: int, loss: float) -> bool:
+        trial.report(loss, number)
+        return trial.should_prune()
+
+    loss = run_trial(load_recipe(recipe, [*overrides, *drawn, own_folder]), report)
+    if loss is None:
+        study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+    else:
+        study.tell(trial, loss)
+
+
+def write_result(
+    study: Any, axes: Sequence[Axis], recipe: str | Path, overrides: Sequence[str], folder: Path
+) -> SweepResult:
+    """`sweep.json`, pictures, and the best recipe, ready for `lora-ft train`."""
+    labels = {axis.key: axis.labels for axis in axes if axis.options}
+    trials = tuple(
+        Trial(t.number, t.state.name.lower(), t.value, {k: labels.get(k, {v: v})[v] for k, v in t.params.items()})
+        for t in study.trials
+        if t.state.is_finished()
+    )
+    complete = [trial for trial in trials if trial.state == "complete" and trial.loss is not None]
+    best = min(complete, key=lambda trial: trial.loss or 0.0, default=None)
+    result = SweepResult(folder, trials, best)
+    (folder / RESULT).write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
+    if best is not None:
+        drawn = [as_override(key, value) for key, value in best.settings.items()]
+        own_folder = as_override("output_dir", str(folder / "best"))
+        chosen = load_recipe(recipe, [*overrides, *drawn, own_folder])
+        told = f"# The best of {len(trials)} trials: validation loss {best.loss:.4f} (trial {best.number}).\n"
+        (folder / BEST).write_text(told + dump_recipe(chosen), encoding="utf-8")
+        draw_pictures(study, folder)
+    return result
+
+
+def draw_pictures(study: Any, folder: Path) -> None:
+    """`history.png`: loss trial by trial; `slices.png`: loss over each key."""
+    from matplotlib import pyplot
+    from optuna.visualization import matplotlib as pictures
+
+    pyplot.switch_backend("agg")  # no window, on a desktop neither
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the pictures are called experimental since 2020
+        for name, plot in (("history", pictures.plot_optimization_history), ("slices", pictures.plot_slice)):
+            plot(study, target_name="validation loss")
+            pyplot.savefig(folder / f"{name}.png", dpi=144, bbox_inches="tight")
+            pyplot.close()

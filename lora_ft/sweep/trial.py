@@ -1,0 +1,74 @@
+"""One trial of a sweep: a short run that ends with its validation loss, and never looks at the test split."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from transformers import TrainerCallback
+
+from lora_ft.data.prepare import build_splits
+from lora_ft.errors import UserError
+from lora_ft.model.load import find_base, load_tokenizer
+from lora_ft.model.machine import probe_machine, release_memory, settle_validation
+from lora_ft.model.planning import plan_memory, refuse_unfit
+from lora_ft.recipe import EARLY_STOPPING
+from lora_ft.run import prepare_trainer, quiet_libraries, settle_recipe
+from lora_ft.sections import Recipe
+from lora_ft.training.distributed import describe_hardware, read_launch
+
+Report = Callable[[int, float], bool]
+"""(number of the evaluation, validation loss) → whether the trial is to end here."""
+FOR_TRIALS = {"save_strategy": "no", "report_to": "none", "load_best_model_at_end": False}
+"""A trial leaves no weights: the best recipe is trained again."""
+
+
+class PruningCallback(TrainerCallback):
+    """Tells each validation loss, and ends the training when told to."""
+
+    def __init__(self, report: Report):
+        self._report, self.losses, self.is_pruned = report, list[float](), False
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        self.losses.append(metrics["eval_loss"])
+        if self._report(len(self.losses), self.losses[-1]):
+            self.is_pruned = control.should_training_stop = True
+
+
+def run_trial(recipe: Recipe, report: Report) -> float | None:
+    """The validation loss of the adapter that this recipe would leave; None where the trial was ended early.
+
+    Under `load_best_model_at_end` that is the lowest, otherwise the last.
+
+    Raises:
+        UserError: the recipe has no validation rows, or is refused when its parts are built.
+    """
+    quiet_libraries()
+    keeps_best = bool(recipe.training.get("load_best_model_at_end") or EARLY_STOPPING in recipe.training)
+    asked = {name: value for name, value in recipe.training.items() if name != EARLY_STOPPING}
+    launch, machine = read_launch(), probe_machine()
+    recipe = settle_recipe(replace(recipe, training={**asked, **FOR_TRIALS}), machine, launch)
+    base = find_base(recipe.model.base, recipe.model.revision, recipe.model.trust_remote_code)
+    tokenizer = load_tokenizer(base.folder, recipe.model, recipe.data.chat_template)
+    splits = build_splits(recipe.data, tokenizer)
+    splits = replace(splits, test=splits.test.select([]))
+    recipe = settle_validation(recipe, len(splits.validation))
+    if recipe.training["eval_strategy"] == "no":
+        rule = "A sweep steers by validation rows, and there are none, or they are never evaluated."
+        raise UserError("training.eval_strategy", "no", rule, "Give validation rows, and remove this key.")
+    recipe = refuse_unfit(plan_memory(recipe, base.folder, describe_hardware(machine, launch), splits.longest_row))
+    shutil.rmtree(recipe.output_dir, ignore_errors=True)
+    recipe.output_dir.mkdir(parents=True)
+    pruning = PruningCallback(report)
+    trainer = prepare_trainer(recipe, base, tokenizer, splits, quiet=True)
+    trainer.add_callback(pruning)
+    try:
+        trainer.train()
+    finally:
+        del trainer
+        release_memory()
+    if pruning.is_pruned:
+        return None
+    return min(pruning.losses) if keeps_best else pruning.losses[-1]
