@@ -20,6 +20,8 @@ BARELY = 0.02
 """Share of its first value by which a loss must fall for anything to be learned."""
 FEW_ROWS = 50
 """Training rows below which a domain is hardly described."""
+FEW_TEST_ROWS = 10
+"""Test rows below which resampling them says little: their intervals come out too narrow."""
 FORGOTTEN = 0.1
 """Share by which the loss on general text may rise."""
 
@@ -148,9 +150,12 @@ def _find_too_little(evidence: Evidence) -> Iterator[Finding]:
         needed = round(figure.num_rows * ((gain.value - gain.low) / gain.value) ** 2)
         because = f"{_describe_difference(figure)} on {figure.num_rows} test rows: it may be an accident of these rows."
         yield Finding("not enough data", because, f"About {needed} test rows would tell a difference of this size.")
-    elif rows < FEW_ROWS:
+    elif rows < FEW_ROWS or (figure is not None and figure.num_rows < FEW_TEST_ROWS):
         because = f"There are {rows} training rows, and {figure.num_rows if figure else 0} test rows."
-        advice = f"Collect more: below some {FEW_ROWS} rows a model learns sentences, not a task."
+        advice = (
+            f"Collect more: below some {FEW_ROWS} training rows a model learns sentences, not a task, and below some"
+            f" {FEW_TEST_ROWS} test rows no figure means much."
+        )
         yield Finding("not enough data", because, advice)
 
 

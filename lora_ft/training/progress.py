@@ -52,6 +52,7 @@ class LogFile(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             self._write(state, {"max_steps": state.max_steps})
 
     def _write(self, state: Any, logs: dict[str, float]) -> None:

@@ -61,6 +61,8 @@ def test_too_few_test_rows_to_tell(make_evidence):
 def test_too_few_training_rows(make_evidence):
     verdict = judge_run(make_evidence(num_train=12))
     assert verdict.name == "not enough data" and "12 training rows" in verdict.findings[0].because
+    verdict = judge_run(make_evidence(loss=make_figure(3.0, 0.9, num_rows=4)))
+    assert verdict.name == "not enough data" and "4 test rows" in verdict.findings[0].because
 
 
 @pytest.mark.parametrize(
