@@ -52,7 +52,7 @@ def attach_adapter(
         if loftq:  # PEFT's own LoftQ wants an unquantised base in memory; below, tensor by tensor from the files
             fields = {**fields, "init_lora_weights": True}
         config = check_buildable("lora", LoraConfig, {**fields, "task_type": TASK_TYPES[task]}, "recipe")
-        model = _call_peft(get_peft_model, model, config)
+        model = call_peft(get_peft_model, model, config)
         if _rewrites_base(fields):
             _remember_start(model)
         if loftq:
@@ -127,10 +127,11 @@ def _load_trainable(model: PreTrainedModel, folder: Path) -> PeftModel:
     if not (folder / "adapter_model.safetensors").is_file():
         rule = "The folder holds no adapter_model.safetensors; pickled adapters can run code and are not read."
         raise UserError("model.adapter", str(folder), rule, "Name the adapter/ folder of a run.")
-    return _call_peft(PeftModel.from_pretrained, model, folder, is_trainable=True)
+    return call_peft(PeftModel.from_pretrained, model, folder, is_trainable=True)
 
 
-def _call_peft(function: Any, model: Any, *arguments: Any, **options: Any) -> Any:
+def call_peft(function: Any, model: Any, *arguments: Any, **options: Any) -> Any:
+    """What a function of PEFT makes of the model; what PEFT refuses is the user's to change."""
     try:
         return function(model, *arguments, **options)
     except (ValueError, TypeError, NotImplementedError, RuntimeError, ImportError) as fault:

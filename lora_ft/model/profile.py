@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from lora_ft.model.adapter import call_peft
 from lora_ft.recipe import LORAPLUS
 
 PROBES = (64, 128)
@@ -121,7 +122,8 @@ def _attach_on_meta(model: Any, lora: dict[str, Any]) -> Any:
     from peft import LoraConfig, get_peft_model
 
     fields = {key: value for key, value in lora.items() if key not in (LORAPLUS, "init_lora_weights")}
-    tuned = get_peft_model(model, LoraConfig(**fields, task_type="CAUSAL_LM"), autocast_adapter_dtype=False)
+    config = LoraConfig(**fields, task_type="CAUSAL_LM")
+    tuned = call_peft(get_peft_model, model, config, autocast_adapter_dtype=False)
     for parameter in tuned.parameters():
         parameter.data = parameter.data.to(model.dtype)
     return tuned.train()

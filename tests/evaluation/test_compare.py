@@ -96,7 +96,8 @@ from lora_ft.model.load import find_base, load_base, load_tokenizer
 from lora_ft.sections import ModelSection
 
 section = ModelSection(base={base!r}, dtype="float32", attn_implementation="sdpa")
-model, tokenizer = load_base(find_base(section.base), section).eval(), load_tokenizer(find_base(section.base), section)
+base = find_base(section.base)
+model, tokenizer = load_base(base, section).eval(), load_tokenizer(base.folder, section)
 row = {{"input_ids": [5, 6, 7, 8] * 16, "labels": [-100] * 16 + [5, 6, 7, 8] * 12}}
 peaks = []
 for count in (64, 64, 4096):
