@@ -103,6 +103,8 @@ def _shorten_place(place: str) -> str:
 
 def _sum_up(report: AuditReport) -> Text:
     notes = sum(check.verdict == "note" for check in report.checks)
+    noted = f"{notes} {'note' if notes == 1 else 'notes'}."
     if not report.warnings:
-        return Text(f"No warnings, {notes} notes.", "green")
-    return Text(f"{len(report.warnings)} warnings, {notes} notes. data.strict: true refuses warnings.", "bold red")
+        return Text(f"No warnings, {noted}", "green")
+    warned = f"{len(report.warnings)} {'warning' if len(report.warnings) == 1 else 'warnings'}"
+    return Text(f"{warned}, {noted} data.strict: true refuses warnings.", "bold red")

@@ -115,6 +115,11 @@ def plan_step(profile: ModelProfile, work: Workload, hardware: Hardware) -> Memo
     return MemoryPlan(tuple(cause for cause in causes if cause.num_bytes > 0), limit)
 
 
+def count(parameters: int) -> str:
+    """A number of parameters in words."""
+    return f"{parameters / 1e9:.2f} billion" if parameters >= 1e9 else f"{parameters / 1e6:.1f} million"
+
+
 def _standing(profile: ModelProfile, work: Workload, hardware: Hardware) -> Iterator[Cause]:
     """What is there all the time: weights, adapter, optimizer, and gradients where batches accumulate."""
     bits = _bits_per_weight(work.quantization, profile.dtype_bytes)
@@ -122,18 +127,16 @@ def _standing(profile: ModelProfile, work: Workload, hardware: Hardware) -> Iter
     shares = f", 1/{hardware.num_devices} of it" if whole < 1 else ""
     where = 0 if "parameters" in hardware.offload else 1
     linear = int(profile.linear_parameters * bits / 8 * whole) * where
-    yield Cause(
-        "base, linear layers", linear, f"{profile.linear_parameters / 1e9:.2f} billion × {bits:.2f} bit{shares}"
-    )
+    yield Cause("base, linear layers", linear, f"{count(profile.linear_parameters)} × {bits:.2f} bit{shares}")
     unread = int(profile.embedding_parameters * (1 - memory_traits(hardware.kind).embedding_share))
     other = int((profile.other_parameters - unread) * profile.dtype_bytes * whole) * where
-    note = f"{(profile.other_parameters - unread) / 1e9:.2f} billion × {8 * profile.dtype_bytes} bit{shares}"
+    note = f"{count(profile.other_parameters - unread)} × {8 * profile.dtype_bytes} bit{shares}"
     yield Cause("base, embeddings and head", other, note)
     unpacked = 2 * profile.linear_parameters
     if bits < 8 and hardware.kind == "cpu" and whole == 1 and can_keep_unpacked(unpacked, hardware.memory_bytes):
         yield Cause("base, unpacked", unpacked, "4-bit weights once more in 16 bit, as memory allows it")
     trained = profile.trained_parameters
-    yield Cause("adapter", int(trained * ADAPTER_BYTES * whole), f"{trained / 1e6:.1f} million × 32 bit")
+    yield Cause("adapter", int(trained * ADAPTER_BYTES * whole), f"{count(trained)} × 32 bit")
     if "optimizer" not in hardware.offload:
         size = next((size for word, size in OPTIMIZER_BYTES.items() if word in work.optimizer), 8)
         state = int(trained * size / _ranks(hardware, from_stage=1))
