@@ -153,7 +153,9 @@ def check_recipe(recipe: Recipe, machine: Machine, launch: Launch) -> tuple[Reci
     Raises:
         UserError: a step does not fit, or the data cannot be used.
     """
-    splits, audit = check_data(recipe.data, find_tokenizer(recipe))
+    tokenizer = find_tokenizer(recipe)
+    splits, audit = check_data(recipe.data, tokenizer)
+    prepare_general(recipe.evaluation, recipe.data, tokenizer)
     folder = find_config(recipe.model.base, recipe.model.revision, recipe.model.trust_remote_code)
     planned = plan_memory(recipe, folder, describe_hardware(machine, launch), splits.longest_row)
     refuse_unfit(planned)

@@ -55,6 +55,7 @@ def draw_state(run: Path, state: dict[str, Any], curves: Curves) -> Group:
     """The state as a terminal shows it."""
     progress = RunState(**{name: state[name] for name in RunState.__dataclass_fields__})
     table = Table.grid(padding=(0, 2))
+    table.add_row("", ProgressBar(total=progress.max_steps or 1, completed=progress.step, width=40))
     table.add_row("step", describe_step(progress))
     if progress.loss is not None:
         table.add_row("loss", f"{progress.loss:.4f}  {draw_line([point.loss for point in curves.train])}")
@@ -63,8 +64,7 @@ def draw_state(run: Path, state: dict[str, Any], curves: Curves) -> Group:
     for point in curves.validation[-3:]:
         mark = "  lowest" if point == curves.lowest else ""
         table.add_row("validation", f"{point.loss:.4f} at step {point.step:,}{mark}")
-    bar = ProgressBar(total=progress.max_steps or 1, completed=progress.step, width=40)
-    return Group(Text(f"{run.name}: {describe_phase(state, progress)}", style="bold"), bar, table)
+    return Group(Text(f"{run.name}: {describe_phase(state, progress)}", style="bold"), table)
 
 
 def describe_phase(state: dict[str, Any], progress: RunState) -> str:
