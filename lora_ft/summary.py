@@ -126,7 +126,7 @@ def print_sweep(result: SweepResult) -> None:
         table.add_column(column, justify="right")
     for trial in sorted(result.trials, key=lambda trial: (trial.state != "complete", trial.loss or 0.0)):
         loss = f"{trial.loss:.4f}" if trial.loss is not None else "–"
-        state = "" if trial.state == "complete" else "ended early" if trial.state == "pruned" else "interrupted"
+        state = {"complete": "", "pruned": "ended early"}.get(trial.state, trial.state)
         table.add_row(str(trial.number), loss, *(_show_setting(trial.settings.get(key)) for key in keys), state)
     console.print(table)
     if result.best is not None:

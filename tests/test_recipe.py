@@ -69,6 +69,23 @@ def test_override_path_is_relative_to_the_working_folder(tmp_path, monkeypatch):
     assert recipe.data.sources[0].path == str(here / "mine.jsonl")
 
 
+def test_files_of_the_evaluation_are_found_beside_the_recipe(tmp_path):
+    text = GOOD + "evaluation: {metrics: [f1, mine.py:score], general: old.jsonl}\n"
+    evaluation = load_recipe(write(tmp_path, text)).evaluation
+    assert evaluation.metrics == ("f1", f"{tmp_path}/mine.py:score")
+    assert evaluation.general == str(tmp_path / "old.jsonl")
+    assert load_recipe(write(tmp_path, GOOD)).evaluation.general == "builtin:general/text.jsonl"
+    assert load_recipe(write(tmp_path, GOOD), ["evaluation.general=null"]).evaluation.general is None
+
+
+def test_patience_of_early_stopping(tmp_path):
+    assert (
+        load_recipe(write(tmp_path, GOOD), ["training.early_stopping_patience=2"]).training["early_stopping_patience"]
+        == 2
+    )
+    assert "waited for at least once" in faults_of(tmp_path, GOOD, "training.early_stopping_patience=0")
+
+
 def test_all_faults_come_at_once(tmp_path):
     text = GOOD.replace("r: 8", "lora_alhpa: 32").replace("2e-4", "fast") + "  lr: 3\nexprot: {}\n"
     message = faults_of(tmp_path, text, "data.split.validation=1.2")

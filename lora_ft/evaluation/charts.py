@@ -100,8 +100,11 @@ class _Scale:
     """Losses on the vertical axis."""
 
     low: float
+    """Loss at the bottom."""
     high: float
+    """Loss at the top."""
     is_logarithmic: bool
+    """Whether equal ratios, not differences, are equally far apart."""
 
     @classmethod
     def of(cls, losses: Sequence[float]) -> _Scale:

@@ -221,12 +221,16 @@ def _describe_method(evidence: Evidence) -> str:
 
 @dataclass(frozen=True)
 class _Gain:
+    """How much better the tuned model is; below 0, worse."""
+
     value: float
+    """Over the rows as they are."""
     low: float
+    """At least, in 97.5% of resamples."""
 
 
 def _gain(figure: Figure) -> _Gain:
-    """How much better tuned is, and at least is: the difference, turned so that more is better."""
+    """The difference, turned so that more is better."""
     difference = figure.difference
     if figure.better == "higher":
         return _Gain(difference.value, difference.low)

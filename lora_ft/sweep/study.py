@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from lora_ft.errors import UserError
+from lora_ft.errors import RunFailed, UserError
 from lora_ft.fingerprint import hash_json
 from lora_ft.recipe import dump_recipe, load_recipe
 from lora_ft.sections import Recipe
@@ -27,6 +28,8 @@ SEED = 42
 STARTUP_TRIALS = 4
 """Trials drawn at random, and never ended early, before the sampler and the pruner have something to go by."""
 STUDY, RESULT, BEST = "sweep.db", "sweep.json", "best.yaml"
+FAULT = "fault"
+"""Attribute of a trial that broke: what was wrong."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Trial:
     number: int
     """From 0, in order."""
     state: str
-    """`complete`, `pruned` (ended early), or `fail`."""
+    """`complete`, `pruned` (ended early), `failed` (the run broke), or `interrupted`."""
     loss: float | None
     """Validation loss, in nats a token."""
     settings: dict[str, Any]
@@ -131,15 +134,26 @@ def open_study(folder: Path, recipe: Recipe, axes: Sequence[Axis]) -> Any:
 
 
 def count_ended(study: Any) -> int:
-    """Trials that came to an end, early or not; one that was interrupted does not count."""
-    return sum(trial.state.name in ("COMPLETE", "PRUNED") for trial in study.trials)
+    """Trials that came to an end of their own, whatever it was; one that was interrupted does not count."""
+    return sum(trial.state.is_finished() and name_state(trial) != "interrupted" for trial in study.trials)
+
+
+def name_state(trial: Any) -> str:
+    """The state of a trial of Optuna's, as `Trial` calls it."""
+    if trial.state.name == "FAIL":
+        return "failed" if FAULT in trial.user_attrs else "interrupted"
+    return trial.state.name.lower()
 
 
 def run_one(
     study: Any, axes: Sequence[Axis], recipe: str | Path, overrides: Sequence[str], folder: Path, run_trial: RunTrial
 ) -> None:
-    """The next trial."""
-    import optuna
+    """The next trial. One that breaks, by a learning rate too high, say, counts as failed and the sweep goes on.
+
+    Raises:
+        UserError: a trial was refused before any was complete: the fault is the recipe's.
+    """
+    from optuna.trial import TrialState
 
     trial = study.ask()
     drawn = [as_override(axis.key, axis.suggest(trial)) for axis in axes]
@@ -149,9 +163,19 @@ def run_one(
         trial.report(loss, number)
         return trial.should_prune()
 
-    loss = run_trial(load_recipe(recipe, [*overrides, *drawn, own_folder]), report)
+    try:
+        loss = run_trial(load_recipe(recipe, [*overrides, *drawn, own_folder]), report)
+        if loss is not None and not math.isfinite(loss):
+            raise RunFailed(f"trial {trial.number}", loss, "The validation loss is not finite.", "")
+    except UserError as error:
+        trial.set_user_attr(FAULT, str(error))
+        study.tell(trial, state=TrialState.FAIL)
+        if not study.get_trials(states=[TrialState.COMPLETE]):
+            raise
+        print(error, file=sys.stderr)
+        return
     if loss is None:
-        study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+        study.tell(trial, state=TrialState.PRUNED)
     else:
         study.tell(trial, loss)
 
@@ -162,7 +186,7 @@ def write_result(
     """`sweep.json`, pictures, and the best recipe, ready for `lora-ft train`."""
     labels = {axis.key: axis.labels for axis in axes if axis.options}
     trials = tuple(
-        Trial(t.number, t.state.name.lower(), t.value, {k: labels.get(k, {v: v})[v] for k, v in t.params.items()})
+        Trial(t.number, name_state(t), t.value, {k: labels.get(k, {v: v})[v] for k, v in t.params.items()})
         for t in study.trials
         if t.state.is_finished()
     )

@@ -93,8 +93,30 @@ def test_sweep_goes_on_where_it_was_interrupted(recipe_file, space_file, tmp_pat
     )
     assert len(again) == 3, "two had ended"
     assert again[0] == pytest.approx(asked[2]), "the one that was interrupted comes first"
-    assert [trial.state for trial in result.trials] == ["complete", "complete", "fail", *["complete"] * 3]
+    assert [trial.state for trial in result.trials] == ["complete", "complete", "interrupted", *["complete"] * 3]
     assert sweep(path, space, 5, folder=out, run_trial=pytest.fail).trials == result.trials, "nothing is left to do"
+
+
+def test_a_trial_that_breaks_does_not_end_the_sweep(recipe_file, space_file, tmp_path):
+    outcomes = iter([1.0, float("nan"), UserError("training", None, "A step does not fit.", ""), 0.5])
+
+    def sometimes(recipe, report):
+        outcome = next(outcomes)
+        if isinstance(outcome, UserError):
+            raise outcome
+        return outcome
+
+    result = sweep(recipe_file(), space_file(), 4, folder=tmp_path / "out", run_trial=sometimes)
+    assert [trial.state for trial in result.trials] == ["complete", "failed", "failed", "complete"]
+    assert result.best.loss == 0.5
+
+
+def test_a_recipe_that_is_refused_ends_the_sweep(recipe_file, space_file, tmp_path):
+    def refuse(recipe, report):
+        raise UserError("model.base", None, "There is no such base.", "")
+
+    with pytest.raises(UserError, match="no such base"):
+        sweep(recipe_file(), space_file(), 4, folder=tmp_path / "out", run_trial=refuse)
 
 
 def test_another_sweep_in_the_folder_is_refused(recipe_file, space_file, tmp_path):
