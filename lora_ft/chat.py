@@ -54,6 +54,9 @@ def _load(folder: Path) -> tuple[Any, Any, bool]:
     adapter = folder / "adapter" if (folder / "adapter").is_dir() else folder
     if (adapter / "adapter_config.json").is_file():
         opened = open_adapter(adapter)
+        if opened.config.task_type not in (None, "CAUSAL_LM"):
+            rule = "It was trained for another task than to go on with a conversation."
+            raise UserError(str(adapter), opened.config.task_type, rule, "Use transformers.pipeline on merged/.")
         if opened.manifest is None:
             raise UserError(str(adapter), None, "Another tool saved this adapter.", "Merge it first: lora-ft merge")
         model = load_tuned(opened, base_of_adapter(opened), opened.manifest.arithmetic)

@@ -62,7 +62,26 @@ LIBRARY_CLASSES = {
             ("trl", "trainer/sft_config.py", "SFTConfig"),
         ),
     ),
+    "training/classification": LibraryClass(
+        "transformers",
+        "TrainingArguments",
+        (("transformers", "training_args.py", "TrainingArguments"),),
+    ),
+    "training/seq2seq": LibraryClass(
+        "transformers",
+        "Seq2SeqTrainingArguments",
+        (
+            ("transformers", "training_args.py", "TrainingArguments"),
+            ("transformers", "training_args_seq2seq.py", "Seq2SeqTrainingArguments"),
+        ),
+    ),
 }
+"""Section → the class its keys are fields of; behind a stroke, the task for which it is another one."""
+
+
+def find_class(section: str, task: str) -> str:
+    """The key in `LIBRARY_CLASSES` of a recipe's section."""
+    return f"{section}/{task}" if f"{section}/{task}" in LIBRARY_CLASSES else section
 
 
 @dataclass(frozen=True)

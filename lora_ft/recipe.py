@@ -17,7 +17,7 @@ import yaml
 
 from lora_ft.builtin import is_builtin, locate_data, locate_recipe
 from lora_ft.errors import Fault, UserError, raise_faults
-from lora_ft.library_fields import LIBRARY_CLASSES, LibraryField, accepts, describe, read_fields
+from lora_ft.library_fields import LIBRARY_CLASSES, LibraryField, accepts, describe, find_class, read_fields
 from lora_ft.sections import DataSection, EvaluationSection, ExportSection, ModelSection, Recipe
 from lora_ft.yaml_lines import Document, Key, dotted, parse_scalar, read_yaml
 
@@ -27,6 +27,8 @@ OUR_SECTIONS: dict[str, Any] = {
     "evaluation": EvaluationSection,
     "export": ExportSection,
 }
+UNMEASURED = {"classification": ("generate", "metrics", "max_new_tokens", "general"), "seq2seq": ("general",)}
+"""`data.task` → keys of `evaluation` that say nothing there: a class is not written, and an answer is no text."""
 REQUIRED = ("output_dir", "model", "data")
 
 LORAPLUS = "loraplus_lr_ratio"
@@ -83,6 +85,10 @@ OWNED_ELSEWHERE: dict[str, dict[str, str]] = {
         "do_train": "the command: lora-ft train",
         "do_eval": "evaluation",
         "do_predict": "evaluation.generate",
+        "predict_with_generate": "evaluation.generate",
+        "generation_max_length": "evaluation.max_new_tokens",
+        "generation_num_beams": "the base's generation_config.json",
+        "generation_config": "the base's generation_config.json",
         "remove_unused_columns": "data",
         "logging_nan_inf_filter": "nothing: a loss that is not finite ends the run",
         "deepspeed": "the file given to accelerate launch --config_file",
@@ -229,9 +235,10 @@ def _build_recipe(document: Document, faults: list[Fault]) -> Recipe | None:
         for name, cls in OUR_SECTIONS.items()
         if values.get(name) is not None
     }
-    for name in LIBRARY_CLASSES:
+    task = values["data"].get("task", "sft") if isinstance(values.get("data"), dict) else "sft"
+    for name in OWNED_ELSEWHERE:
         if values.get(name) is not None:
-            sections[name] = _check_library_section(name, values[name], document, faults)
+            sections[name] = _check_library_section(name, task, values[name], document, faults)
     _check_together(values, document, faults)
     if faults:
         return None
@@ -271,12 +278,14 @@ def _item_class(hint: Any) -> Any:
     return arguments[0] if is_items else None
 
 
-def _check_library_section(name: str, values: Any, document: Document, faults: list[Fault]) -> dict[str, Any]:
+def _check_library_section(
+    name: str, task: str, values: Any, document: Document, faults: list[Fault]
+) -> dict[str, Any]:
     if not isinstance(values, dict):
         faults.append(Fault(document.place((name,)), values, f"{name} is a mapping.", "Indent its keys below it."))
         return {}
-    title, fields, owners = LIBRARY_CLASSES[name].title, read_fields(name), OWNED_ELSEWHERE[name]
-    fields = fields | OUR_FIELDS.get(name, {})
+    library, owners = find_class(name, task), OWNED_ELSEWHERE[name]
+    title, fields = LIBRARY_CLASSES[library].title, read_fields(library) | OUR_FIELDS.get(name, {})
     for key, value in values.items():
         place = document.place((name, key))
         if key in owners:
@@ -333,6 +342,13 @@ def _check_together(values: dict[str, Any], document: Document, faults: list[Fau
         )
         fix = "Set one of load_in_4bit and load_in_8bit, or remove the section."
         faults.append(Fault(document.place(("quantization",)), None, rule, fix))
+    task = section("data").get("task", "sft")
+    for key in UNMEASURED.get(task, ()):
+        default = getattr(EvaluationSection, key)
+        value = section("evaluation").get(key)
+        if value not in (None, default, list(default) if isinstance(default, tuple) else default):
+            rule = f"It has no meaning for task {task}."
+            faults.append(Fault(document.place(("evaluation", key)), value, rule, "Leave it out."))
     split = section("data").get("split")
     shares = [split.get(name, 0.1) for name in ("validation", "test")] if isinstance(split, dict) else []
     if all(isinstance(share, (int, float)) for share in shares) and sum(shares) >= 1:
@@ -405,4 +421,4 @@ def check_buildable(section: str, build: Callable[..., Any], values: dict[str, A
         return build(**values)
     except (ValueError, TypeError, ImportError, KeyError) as fault:
         rule = f"{LIBRARY_CLASSES[section].title} refuses these values: {str(fault).strip()}"
-        raise UserError(f"{place}  {section}", None, rule, "Change the value it names.") from fault
+        raise UserError(f"{place}  {section.partition('/')[0]}", None, rule, "Change the value it names.") from fault

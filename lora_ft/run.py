@@ -42,7 +42,7 @@ from lora_ft.training.trackers import check_trackers
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lora_ft.training.trainer import LoraTrainer
 
@@ -168,10 +168,11 @@ def prepare_trainer(
     """Base, adapter and trainer. The arguments come first: under ZeRO-3 they say how the base is read."""
     from transformers import EarlyStoppingCallback
 
-    from lora_ft.training.trainer import build_arguments, build_trainer
+    from lora_ft.tasks import TASKS
 
-    arguments = build_arguments(recipe.training, recipe.output_dir)
-    model = load_base(base, recipe.model, recipe.quantization)
+    steps = TASKS[recipe.data.task]
+    arguments = steps.build_arguments(recipe.training, recipe.output_dir)
+    model = read_base(recipe, base, tokenizer, splits)
     model = attach_adapter(
         model,
         recipe.lora,
@@ -181,12 +182,22 @@ def prepare_trainer(
         base_folder=base.folder,
     )
     ratio = (recipe.lora or {}).get(LORAPLUS)
-    trainer = build_trainer(
+    trainer = steps.build_trainer(
         model, tokenizer, splits.train, splits.validation, arguments, loraplus_ratio=ratio, quiet=quiet
     )
     if (patience := recipe.training.get(EARLY_STOPPING)) is not None:
         trainer.add_callback(EarlyStoppingCallback(patience))
     return trainer
+
+
+def read_base(
+    recipe: Recipe, base: BaseIdentity, tokenizer: PreTrainedTokenizerBase, splits: Splits
+) -> PreTrainedModel:
+    """The base as the model of the recipe's task, with a head for the classes of the data where it is to tell them."""
+    task, labels = recipe.data.task, splits.report.labels
+    return load_base(
+        base, recipe.model, recipe.quantization, task=task, labels=labels, pad_token_id=tokenizer.pad_token_id
+    )
 
 
 def quiet_libraries() -> None:
@@ -208,6 +219,7 @@ def describe_run(recipe: Recipe, base: BaseIdentity, splits: Splits, launch: Lau
     """What `run.json` says of a run before its first step."""
     machine = probe_machine()
     return {
+        "task": recipe.data.task,
         "base": {"name": base.name, "revision": base.revision, "fingerprint": base.fingerprint},
         "data": splits.report.to_json(),
         "choices": [{"key": c.key, "value": c.value, "reason": c.reason} for c in recipe.choices],
@@ -240,7 +252,9 @@ def save_trained(
 
 
 def question_of(row: dict[str, Any]) -> list[int]:
-    """Tokens of a row up to where supervision starts, or its first few where it starts at once."""
+    """Tokens of a row up to where supervision starts, or its first few where it starts at once or lies elsewhere."""
+    if not isinstance(row["labels"], list) or len(row["labels"]) != len(row["input_ids"]):
+        return row["input_ids"][:SAMPLE_TOKENS]
     start = next((place for place, label in enumerate(row["labels"]) if label != IGNORE_INDEX), 0)
     return row["input_ids"][:start][-SAMPLE_TOKENS:] if start > 1 else row["input_ids"][:SAMPLE_TOKENS]
 
@@ -297,8 +311,9 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
     base = find_base(recipe.model.base, recipe.model.revision, recipe.model.trust_remote_code)
     tokenizer = load_tokenizer(base.folder, recipe.model, recipe.data.chat_template)
     splits = build_splits(recipe.data, tokenizer)
-    model = load_base(base, recipe.model, recipe.quantization)
-    model = attach_adapter(model, None, adapter=str(folder / "adapter"))
+    model = read_base(recipe, base, tokenizer, splits)
+    task, seed = recipe.data.task, recipe.training["seed"]  # the head of the base alone is drawn from it
+    model = attach_adapter(model, None, task=task, seed=seed, adapter=str(folder / "adapter"))
     figures = evaluate_model(model, tokenizer, splits, replace(recipe, output_dir=folder))
     write_page(folder)
     return figures
@@ -308,15 +323,12 @@ def evaluate_model(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, splits: Splits, recipe: Recipe
 ) -> dict[str, Any]:
     """Base against tuned on the test split, which is read here and nowhere else, and the verdict on the run."""
-    from lora_ft.evaluation.compare import compare_models
     from lora_ft.evaluation.report import write_report
     from lora_ft.evaluation.verdict import Evidence
+    from lora_ft.tasks import TASKS
 
     started = time.perf_counter()
-    general = prepare_general(recipe.evaluation, recipe.data, tokenizer)
-    compared = compare_models(
-        model, tokenizer, splits.test, splits.examples("test"), recipe.data, recipe.evaluation, general
-    )
+    compared = TASKS[recipe.data.task].compare(model, tokenizer, splits, recipe)
     curves = trace_curves(read_log(recipe.output_dir))
     audit = audit_splits(splits, recipe.data, tokenizer)
     evidence = Evidence(curves, compared, audit, bool(recipe.training.get("load_best_model_at_end")))

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from lora_ft.recipe import load_recipe
+
 if TYPE_CHECKING:
     from lora_ft.evaluation.side_by_side import ComparedRun
     from lora_ft.model.planning import RecipePlan
@@ -37,17 +39,16 @@ def print_summary(result: RunResult) -> None:
     console.print(f"[bold]verified[/] {_last_detail(manifest['verification'])}")
     print_scores(manifest["evaluation"], console)
     if merge := manifest["export"].get("merge"):
-        proof = merge["proof"]
-        console.print(
-            f"[bold]merged[/] as {merge['dtype']}: logits within {proof['max_logit_difference']:.1e} of base + adapter,"
-            f" {proof['greedy_agreement']:.0%} of greedy answers alike"
-        )
+        proof, alike = merge["proof"], merge["proof"]["greedy_agreement"]
+        answers = "" if alike is None else f", {alike:.0%} of greedy answers alike"
+        within = f"logits within {proof['max_logit_difference']:.1e} of base + adapter"
+        console.print(f"[bold]merged[/] as {merge['dtype']}: {within}{answers}")
     folder = Path(result.folder)
     console.print(f"\n[bold]{_shorten(folder)}/[/]")
     for name, meaning in LIES_THERE.items():
         if (folder / name).exists():
             console.print(f"  {name:12} {meaning}")
-    console.print(f"\nnext: [bold]lora-ft chat {_shorten(folder)} --base[/]")
+    console.print(f"\nnext: [bold]{_next_command(result)}[/]")
 
 
 def print_scores(evaluation: dict[str, Any], console: Console | None = None) -> None:
@@ -70,6 +71,22 @@ def print_scores(evaluation: dict[str, Any], console: Console | None = None) -> 
         low, high = (show_value(difference[part], unit, "+") for part in ("low", "high"))
         change = show_value(difference["value"], unit, "+")
         table.add_row(name.replace("_", " "), f"{figure['num_rows']:,}", *values, change, f"{low} to {high}")
+    console.print(table)
+    if "confusion" in evaluation:
+        print_classes(evaluation, console)
+
+
+def print_classes(evaluation: dict[str, Any], console: Console) -> None:
+    """How often a classifier is right on every split, and on the test split what it took for what."""
+    shares = [
+        f"{name} {scores['accuracy']:.1%} of {scores['num_rows']}" for name, scores in evaluation["splits"].items()
+    ]
+    console.print(f"[bold]right[/] {', '.join(shares)}")
+    table = Table(title="test split: rows of a class (down) by the class chosen (across)", title_justify="left")
+    for name in ("", *evaluation["labels"]):
+        table.add_column(name, justify="right" if name else "left")
+    for label, counts in zip(evaluation["labels"], evaluation["confusion"], strict=True):
+        table.add_row(label, *map(str, counts))
     console.print(table)
 
 
@@ -153,6 +170,12 @@ def show_value(value: float, unit: str, sign: str = "") -> str:
 def _last_detail(verification: dict[str, Any]) -> str:
     """The finding that says most: the adapter's answers after a reload in a fresh process."""
     return str(verification["findings"][-1]["detail"])
+
+
+def _next_command(result: RunResult) -> str:
+    """What one would try first: to talk to a model that talks, or to look again at what was checked."""
+    can_chat = load_recipe(result.folder / "recipe.yaml").data.task == "sft"
+    return f"lora-ft chat {_shorten(result.folder)} --base" if can_chat else f"lora-ft verify {_shorten(result.folder)}"
 
 
 def _shorten(folder: Path) -> str:

@@ -45,7 +45,7 @@ def generate(seed: int) -> dict[str, list[dict]]:
     return splits
 
 
-def write(splits: dict[str, list[dict]], out: Path, seed: int) -> None:
+def write(splits: dict[str, list[dict]], out: Path, script: str, seed: int, what: str, **counts: int) -> None:
     """One JSONL file a split and provenance.json, which names how they were made and their hashes."""
     out.mkdir(parents=True, exist_ok=True)
     files = {}
@@ -54,23 +54,30 @@ def write(splits: dict[str, list[dict]], out: Path, seed: int) -> None:
         (out / f"{split}.jsonl").write_bytes(text.encode("utf-8"))
         files[f"{split}.jsonl"] = {"rows": len(rows), "sha256": hashlib.sha256(text.encode("utf-8")).hexdigest()}
     provenance = {
-        "what": f"Questions to the support desk of the invented home battery {PRODUCT}, with one fixed answer a fact",
+        "what": what,
         "license": "Apache-2.0",
-        "script": "scripts/generate_halden.py",
-        "command": f"python scripts/generate_halden.py --seed {seed}",
+        "script": f"scripts/{script}",
+        "command": f"python scripts/{script} --seed {seed}",
         "seed": seed,
-        "facts": sum(len(attribute.answers) for attribute in load_attributes()),
+        **counts,
         "files": files,
     }
     (out / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
 
 
+def parse_arguments(description: str | None, out: str, seed: int) -> argparse.Namespace:
+    """Where to, and from which seed."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(out))
+    parser.add_argument("--seed", type=int, default=seed)
+    return parser.parse_args()
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("lora_ft/builtin/data/halden"))
-    parser.add_argument("--seed", type=int, default=7)
-    arguments = parser.parse_args()
-    write(generate(arguments.seed), arguments.out, arguments.seed)
+    arguments = parse_arguments(__doc__, "lora_ft/builtin/data/halden", 7)
+    what = f"Questions to the support desk of the invented home battery {PRODUCT}, with one fixed answer a fact"
+    facts = sum(len(attribute.answers) for attribute in load_attributes())
+    write(generate(arguments.seed), arguments.out, "generate_halden.py", arguments.seed, what, facts=facts)
 
 
 if __name__ == "__main__":

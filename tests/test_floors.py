@@ -19,6 +19,7 @@ FLOORS = {
     "training": 3,
     "evaluation": 4,
     "export": 5,
+    "tasks": 6,
     "run": 6,
     "summary": 7,
     "watch": 7,

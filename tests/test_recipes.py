@@ -1,12 +1,13 @@
 """Every recipe that is shipped loads, builds its library objects, and trains on a tiny base of its architecture."""
 
+import importlib
 import json
 from pathlib import Path
 
 import pytest
 
 from lora_ft.builtin import describe_recipe, list_recipes
-from lora_ft.library_fields import LIBRARY_CLASSES
+from lora_ft.library_fields import LIBRARY_CLASSES, find_class
 from lora_ft.recipe import LORAPLUS, load_recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -55,18 +56,14 @@ def test_every_recipe_is_described():
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_recipe_builds_its_library_objects(path, tmp_path):
-    import peft
-    import transformers
-    import trl
-
     recipe = load_recipe(path)
-    classes = {"quantization": transformers, "lora": peft, "training": trl}
-    for section, library in classes.items():
+    for section in ("quantization", "lora", "training"):
+        library = LIBRARY_CLASSES[find_class(section, recipe.data.task)]
         values = dict(getattr(recipe, section) or {})
         values.pop(LORAPLUS, None)
         if section == "training":
             values |= {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False}
-        getattr(library, LIBRARY_CLASSES[section].name)(**values)
+        getattr(importlib.import_module(library.package), library.name)(**values)
 
 
 @pytest.mark.parametrize(("name", "architecture"), ARCHITECTURES.items(), ids=list(ARCHITECTURES))
@@ -88,6 +85,23 @@ def test_recipe_trains_on_its_architecture(name, architecture, tmp_path, chat_ro
     assert result.manifest["verification"]["ok"]
     assert result.manifest["training"]["train_loss"] > 0
     assert result.manifest["evaluation"]["num_supervised_tokens"] > 0
+
+
+@pytest.mark.parametrize("name", ["spam_classification", "domain_chat"])
+def test_recipe_takes_two_steps_on_its_own_base(name, tmp_path):
+    """The embedded base and data as they are; for spam, which is not embedded, rows of its form."""
+    from lora_ft.run import run_recipe
+
+    spam = tmp_path / "spam.tsv"
+    spam.write_text("".join(f"{('ham', 'spam')[n % 2]}\tmessage number {n} for you\n" for n in range(40)))
+    source = [f"data.sources.0.path={spam}"] if name == "spam_classification" else []
+    written = [] if name == "spam_classification" else ["evaluation.generate=2", "evaluation.max_new_tokens=4"]
+    overrides = [f"output_dir={tmp_path / 'run'}", "training.max_steps=2", "training.eval_strategy=no"]
+    steps = ["training.save_strategy=no", "training.load_best_model_at_end=false"]
+    result = run_recipe(load_recipe(RECIPES / f"{name}.yaml", [*overrides, *steps, *source, *written]), quiet=True)
+    assert result.manifest["verification"]["ok"]
+    assert result.manifest["export"]["merge"]["proof"]["top_token_agreement"] > 0.9
+    assert (tmp_path / "run" / "report" / "predictions.jsonl").stat().st_size > 0
 
 
 def test_alpaca_recipe_learns_gsm8k_answers(tmp_path, shared_data):

@@ -70,6 +70,11 @@ def from_qa(fields: Fields, place: str, chat: bool) -> Example:
     return _exchange(place, asked, answer, f"question: {question}\n{read}answer:\n", chat, context=context)
 
 
+def from_squad(fields: Fields, place: str, chat: bool) -> Example:
+    """`context`, `question` and `text`, the answer: as the SQuAD data set is often handed on in one table."""
+    return from_qa({**fields, "answer": fields["text"]}, place, chat)
+
+
 def from_classification(fields: Fields, place: str, chat: bool) -> Example:
     """`text` and `label`; the label is the answer where text is generated."""
     text, label = require_text(fields, "text"), fields.get("label")
@@ -102,6 +107,7 @@ FORMATS = {
     "prompt_completion": Format(("prompt", "completion"), ("tools",), from_prompt_completion),
     "alpaca": Format(("instruction", "output"), ("input", "system"), from_alpaca),
     "qa": Format(("question", "answer"), ("context",), from_qa),
+    "squad": Format(("context", "question", "text"), (), from_squad),
     "classification": Format(("text", "label"), (), from_classification),
     "text": Format(("text",), (), from_text),
 }

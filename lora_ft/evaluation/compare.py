@@ -102,7 +102,7 @@ def compare_models(
     scores = score_pair(model, tokenizer, rows, section.batch_size)
     figures = {
         "loss": compare_sums(scores, (0, 2), ratio, "nats", "lower"),
-        "perplexity": compare_sums(scores, (0, 2), _perplexity, "number", "lower"),
+        "perplexity": compare_sums(scores, (0, 2), perplexity, "number", "lower"),
         "token_accuracy": compare_sums(scores, (1, 2), ratio, "share", "higher"),
     }
     forgotten = None
@@ -176,7 +176,7 @@ def generate_answers(
     import torch
 
     answers = [""] * len(prompts)
-    for chosen in _batches([len(prompt) for prompt in prompts], section.batch_size):
+    for chosen in batches([len(prompt) for prompt in prompts], section.batch_size):
         width = max(len(prompts[index]) for index in chosen)
         ids = torch.full((len(chosen), width), tokenizer.pad_token_id)
         mask = torch.zeros_like(ids)
@@ -235,7 +235,7 @@ def score_rows(model: Any, tokenizer: PreTrainedTokenizerBase, rows: datasets.Da
     sums = np.empty((len(rows), 3))
     for start in range(0, len(rows), window):
         read = [rows[index] for index in range(start, min(start + window, len(rows)))]
-        for chosen in _batches([len(row["input_ids"]) for row in read], batch_size):
+        for chosen in batches([len(row["input_ids"]) for row in read], batch_size):
             batch = collate([read[index] for index in chosen])
             with torch.no_grad():
                 scored = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}, score=True)
@@ -244,11 +244,12 @@ def score_rows(model: Any, tokenizer: PreTrainedTokenizerBase, rows: datasets.Da
     return sums
 
 
-def _batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+def batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
     """Indices in batches of like length, so that little is padding."""
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     yield from (order[start : start + size] for start in range(0, len(order), size))
 
 
-def _perplexity(sums: np.ndarray) -> float:
+def perplexity(sums: np.ndarray) -> float:
+    """exp of the loss: the sum of losses over the number of tokens."""
     return math.exp(min(ratio(sums), 700.0))

@@ -19,6 +19,7 @@ from lora_ft.evaluation.curves import Curves, read_log, trace_curves
 from lora_ft.evaluation.report import REPORT, read_report
 from lora_ft.evaluation.samples import choose_samples
 from lora_ft.evaluation.state import describe_state
+from lora_ft.model.load import AUTO_CLASSES
 
 PAGE, PICTURE = "report.html", "loss.png"
 REFRESH_SECONDS = 5
@@ -63,6 +64,7 @@ def render_page(run: Path) -> str:
         chart=charts.draw_losses(curves),
         canvas=charts,
         samples=choose_samples(run) if report else [],
+        auto_class=AUTO_CLASSES[manifest["task"]],
         refresh_seconds=REFRESH_SECONDS,
     )
 

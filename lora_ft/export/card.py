@@ -13,7 +13,16 @@ import yaml
 from lora_ft.builtin import is_builtin
 from lora_ft.export.manifest import AdapterManifest, read_manifest
 from lora_ft.export.merge_report import MergeReport, read_report
+from lora_ft.export.skeleton import TASK_CLASSES
 
+CAUSAL = "CAUSAL_LM"
+PIPELINE_TAGS = {
+    CAUSAL: "text-generation",
+    "SEQ_CLS": "text-classification",
+    "SEQ_2_SEQ_LM": "text2text-generation",
+    "TOKEN_CLS": "token-classification",
+}
+"""PEFT's task type → what the Hub calls a model for it."""
 HIDDEN_RECIPE_KEYS = ("output_dir", "export")
 """Sections of a recipe that say where things lie on the trainer's machine, and nothing of the model."""
 
@@ -30,8 +39,10 @@ class CardFacts:
     """Commit of the base."""
     is_adapter: bool
     """Whether it needs its base; a merged model does not."""
-    is_classifier: bool = False
-    """Whether it answers with a label."""
+    task_type: str = CAUSAL
+    """PEFT's name of what it is for."""
+    num_labels: int | None = None
+    """Classes that a classifier tells apart."""
     license: str | None = None
     """Licence as the Hub names it."""
     tensors: str | None = None
@@ -73,7 +84,7 @@ def front_matter(facts: CardFacts) -> list[str]:
         "base_model": facts.base,
         "base_model_relation": "adapter" if facts.is_adapter else "merge",
         "library_name": "peft" if facts.is_adapter else "transformers",
-        "pipeline_tag": "text-classification" if facts.is_classifier else "text-generation",
+        "pipeline_tag": PIPELINE_TAGS[facts.task_type],
         "tags": ["lora", "lora-ft"],
     }
     if facts.license:
@@ -134,22 +145,26 @@ def proof_section(facts: CardFacts) -> list[str]:
 
 def loading_section(facts: CardFacts) -> list[str]:
     """How to use it, for each program."""
-    cls = "AutoModelForSequenceClassification" if facts.is_classifier else "AutoModelForCausalLM"
+    cls = TASK_CLASSES[facts.task_type]
     lines = ["## How to load it", "", "```python"]
     if facts.is_adapter:
         pinned = f', revision="{facts.revision}"' if facts.revision else ""
         lines += ["from peft import PeftModel", f"from transformers import {cls}, AutoTokenizer", ""]
-        lines.append(f'model = {cls}.from_pretrained("{facts.base}"{pinned})')
+        labels = f", num_labels={facts.num_labels}" if facts.num_labels else ""
+        lines.append(f'model = {cls}.from_pretrained("{facts.base}"{pinned}{labels})')
         if facts.num_embeddings:
             lines.append(f"model.resize_token_embeddings({facts.num_embeddings})")
         lines.append(f'model = PeftModel.from_pretrained(model, "{facts.title}")')
     else:
         lines += [f"from transformers import {cls}, AutoTokenizer", ""]
         lines.append(f'model = {cls}.from_pretrained("{facts.title}", dtype="auto")')
-    lines += [f'tokenizer = AutoTokenizer.from_pretrained("{facts.title}")', "```"]
+    lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{facts.title}")')
+    if facts.is_adapter and facts.num_labels:
+        lines.append("model.config.pad_token_id = tokenizer.pad_token_id")
+    lines.append("```")
     if facts.vllm:
         lines += ["", "vLLM: " + "; ".join(facts.vllm)]
-    elif not facts.is_adapter and not facts.is_classifier:
+    elif not facts.is_adapter and facts.task_type == CAUSAL:
         lines += ["", f"vLLM: `vllm serve {facts.title}`"]
     if facts.handoff:
         lines += ["", f"Ollama: {facts.handoff}"]
@@ -192,21 +207,22 @@ def adapter_facts(manifest: AdapterManifest, title: str) -> CardFacts:
         base=readable_base(manifest.base),
         revision=manifest.revision,
         is_adapter=True,
-        is_classifier=manifest.labels is not None,
+        task_type=manifest.task_type or CAUSAL,
+        num_labels=len(manifest.labels) if manifest.labels else None,
         tensors=manifest.tensors,
         num_embeddings=manifest.num_embeddings if enlarged else None,
         versions=manifest.versions,
     )
 
 
-def merged_facts(report: MergeReport, title: str, is_classifier: bool, handoff: str | None) -> CardFacts:
+def merged_facts(report: MergeReport, title: str, task_type: str | None, handoff: str | None) -> CardFacts:
     """What the report of a merge tells."""
     return CardFacts(
         title=title,
         base=readable_base(report.base),
         revision=report.revision,
         is_adapter=False,
-        is_classifier=is_classifier,
+        task_type=task_type or CAUSAL,
         merge=report,
         handoff=handoff,
     )
@@ -233,8 +249,8 @@ def write_run_cards(run: Path) -> None:
         facts = add_run(adapter_facts(adapter, run.resolve().name), run)
         (run / "adapter" / "README.md").write_text(render_card(facts), encoding="utf-8")
     if merged is not None:
-        is_classifier = adapter is not None and adapter.labels is not None
-        facts = add_run(merged_facts(merged, run.resolve().name, is_classifier, None), run)
+        task_type = adapter.task_type if adapter else None
+        facts = add_run(merged_facts(merged, run.resolve().name, task_type, None), run)
         (run / "merged" / "README.md").write_text(render_card(facts), encoding="utf-8")
 
 

@@ -69,6 +69,10 @@ class AdapterManifest:
     """What the live model answered, to be compared after a reload."""
     versions: dict[str, str]
     """Library → version that wrote the adapter."""
+    task_type: str | None = None
+    """PEFT's name of the task, such as `SEQ_CLS`."""
+    pad_token_id: int | None = None
+    """What a classifier's rows were padded with: it answers at the last token before it."""
 
 
 def write_manifest(manifest: AdapterManifest, folder: Path) -> None:

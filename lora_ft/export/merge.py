@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lora_ft.errors import UserError
 from lora_ft.export.adapter import TENSORS_NAME
-from lora_ft.export.card import merged_facts, render_card
+from lora_ft.export.card import CAUSAL, merged_facts, render_card
 from lora_ft.export.merge_plan import MergePlan
 from lora_ft.export.merge_report import REPORT_NAME, MergeReport, Onto, write_report
 from lora_ft.export.merged_folder import IDENTITY_NAME, copy_companions, open_draft, write_config, write_index
@@ -57,13 +57,13 @@ def merge_adapter(
         write_index(merge.plan.tensors, draft)
         write_config(merge, draft)
         copy_companions((merge.base.folder, merge.parts[0].adapter.folder), draft)
-        handoff = write_modelfile(draft)
+        handoff = write_modelfile(draft) if merge.task_type in (None, CAUSAL) else None
         report = describe_merge(merge, draft, tensors, time.monotonic() - started)
         if prove:
             report = prove_merge(merge, draft, report, prompts)
         write_report(report, draft)
         refuse_unequal(report, draft)
-        facts = merged_facts(report, out.resolve().name, merge.is_classifier, handoff)
+        facts = merged_facts(report, out.resolve().name, merge.task_type, handoff)
         (draft / "README.md").write_text(render_card(facts), encoding="utf-8")
         for name in (JOURNAL_NAME, IDENTITY_NAME):
             (draft / name).unlink()

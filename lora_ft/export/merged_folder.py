@@ -73,6 +73,7 @@ def write_config(merge: Merge, folder: Path) -> None:
         config["architectures"] = [type(model).__name__]
         config["id2label"] = {str(index): label for index, label in model.config.id2label.items()}
         config["label2id"] = model.config.label2id
+        text["pad_token_id"] = model.config.get_text_config().pad_token_id
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

@@ -42,9 +42,14 @@ class Merge:
     """What becomes of every tensor."""
 
     @property
+    def task_type(self) -> str | None:
+        """PEFT's name of what the merged model is for; None where the adapter does not say."""
+        return self.parts[0].adapter.config.task_type
+
+    @property
     def is_classifier(self) -> bool:
         """Whether the merged model answers with a label."""
-        return self.parts[0].adapter.config.task_type in CLASSIFIER_TASKS
+        return self.task_type in CLASSIFIER_TASKS
 
     @property
     def stored_dtype(self) -> str:

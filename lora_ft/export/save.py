@@ -187,6 +187,8 @@ def describe_adapter(
         num_embeddings=num_embeddings(model),
         base_embeddings=base_embeddings(model, base),
         labels=model_labels(model),
+        task_type=model.peft_config[model.active_adapter].task_type,
+        pad_token_id=base_model.config.get_text_config().pad_token_id,
         arithmetic=model_arithmetic(base_model),
         tensors=hash_tensors(folder / TENSORS_NAME),
         files=files,

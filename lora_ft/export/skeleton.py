@@ -15,15 +15,15 @@ from typing import TYPE_CHECKING
 
 from lora_ft.errors import UserError
 from lora_ft.export.adapter import KEY_PREFIX, TENSORS_NAME, Adapter
+from lora_ft.model.adapter import TASK_TYPES
+from lora_ft.model.load import AUTO_CLASSES
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PretrainedConfig, PreTrainedModel
 
 TASK_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    **{TASK_TYPES[task]: name for task, name in AUTO_CLASSES.items()},
     "TOKEN_CLS": "AutoModelForTokenClassification",
 }
 """PEFT's task type → the transformers class that loads the base of such an adapter."""
@@ -85,11 +85,12 @@ def read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
 
 
 def tuned_config(base: Path, adapter: Adapter) -> PretrainedConfig:
-    """The base's config with the labels the adapter was trained for."""
+    """The base's config with the labels, and the padding, that the adapter was trained with."""
     config = read_config(base, adapter.trust_remote_code)
     if adapter.manifest and adapter.manifest.labels:
         config.id2label = {int(index): label for index, label in adapter.manifest.labels.items()}
         config.label2id = {label: index for index, label in config.id2label.items()}
+        config.get_text_config().pad_token_id = adapter.manifest.pad_token_id
     else:
         heads = [shape[0] for key, shape in adapter.shapes.items() if key.endswith(HEAD_SUFFIXES)]
         if heads and adapter.config.task_type in CLASSIFIER_TASKS:

@@ -15,7 +15,7 @@ from typing import Any
 from lora_ft.data.privacy import RECOGNISERS
 from lora_ft.errors import Fault, UserError, raise_faults
 from lora_ft.export.adapter import CONFIG_NAME, TENSORS_NAME, Adapter, open_adapter
-from lora_ft.export.card import CardFacts, adapter_facts, add_run, merged_facts, render_card
+from lora_ft.export.card import CAUSAL, CardFacts, adapter_facts, add_run, merged_facts, render_card
 from lora_ft.export.manifest import MANIFEST_NAME
 from lora_ft.export.merge_report import REPORT_NAME, read_report
 from lora_ft.export.ollama import MODELFILE_NAME
@@ -112,15 +112,21 @@ def collect_merged(folder: Path, repository: str, base: str | None, license: str
         raise UserError(str(folder), None, rule, "Merge it with lora-ft merge.")
     report = replace(report, base=public_base(report.base, report.revision is not None, base, str(folder)))
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    is_classifier = "SequenceClassification" in config["architectures"][0]
     handoff = "llama.cpp's converter, then the `Modelfile`" if (folder / MODELFILE_NAME).is_file() else None
-    facts = replace(merged_facts(report, repository, is_classifier, handoff), license=license)
+    facts = replace(merged_facts(report, repository, read_task_type(config), handoff), license=license)
     changed = {
         REPORT_NAME: to_json(report.to_json()),
         CARD_NAME: render_card(add_run(facts, folder.parent)).encode(),
     }
     patterns = (*MERGED_FILES, *custom_code(config))
     return collect(folder, patterns, changed)
+
+
+def read_task_type(config: Mapping[str, Any]) -> str:
+    """PEFT's name of what a merged model is for, read off its config."""
+    if "SequenceClassification" in config["architectures"][0]:
+        return "SEQ_CLS"
+    return "SEQ_2_SEQ_LM" if config.get("is_encoder_decoder") else CAUSAL
 
 
 def custom_code(config: Mapping[str, Any]) -> list[str]:

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_ft.errors import Fault, UserError, raise_faults
+from lora_ft.model.load import CLASSIFIER_HEADS
 from lora_ft.recipe import LORAPLUS, check_buildable
+from lora_ft.sections import Task
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -18,14 +20,17 @@ if TYPE_CHECKING:
 START = "weights_taken_from_base"
 """Attribute of a PeftModel that holds the A0 and B0 its start took out of the base's weights."""
 
-TASK_TYPES = {"sft": "CAUSAL_LM", "classification": "SEQ_CLS", "seq2seq": "SEQ_2_SEQ_LM"}
+HEAD_STD = 0.02
+"""Standard deviation of a new classifier head, as in most architectures."""
+TASK_TYPES: dict[Task, str] = {"sft": "CAUSAL_LM", "classification": "SEQ_CLS", "seq2seq": "SEQ_2_SEQ_LM"}
+"""`data.task` → PEFT's task type. Without SEQ_CLS PEFT saves no classifier head."""
 
 
 def attach_adapter(
     model: PreTrainedModel,
     lora: dict[str, Any] | None,
     *,
-    task: str = "sft",
+    task: Task = "sft",
     seed: int = 42,
     adapter: str | None = None,
     base_folder: Path | None = None,
@@ -43,6 +48,8 @@ def attach_adapter(
     from transformers import set_seed
 
     set_seed(seed)
+    if task == "classification":
+        _draw_head(model)
     if adapter is not None:
         model = _load_trainable(model, Path(adapter))
     else:
@@ -60,6 +67,7 @@ def attach_adapter(
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.float32)
+    _widen_head_input(model)
     if count_trainable(model) == 0:
         raise UserError("lora", None, "No parameter would be trained.", "Check lora.target_modules.")
     return model
@@ -110,6 +118,25 @@ def on_original_base(
 def _rewrites_base(lora: dict[str, Any]) -> bool:
     start = lora.get("init_lora_weights", True)
     return isinstance(start, str) and start.partition("_")[0] in {"pissa", "olora", "corda"}
+
+
+def _draw_head(model: PreTrainedModel) -> None:
+    """Draws a classifier's head anew, so that it follows from the seed and not from what was read before it."""
+    for name in CLASSIFIER_HEADS:
+        head = getattr(model, name, None)
+        for parameter in head.parameters() if head is not None else ():
+            if parameter.ndim > 1:
+                parameter.data.normal_(std=HEAD_STD)
+            else:
+                parameter.data.zero_()
+
+
+def _widen_head_input(model: PeftModel) -> None:
+    """Gives a trained head, which is float32, what a base in 16 bit hands to it; PEFT does so for LoRA layers alone."""
+    for name, module in model.named_modules():
+        owner, _, kept = name.rpartition(".modules_to_save.")
+        if kept and "." not in kept and owner.rpartition(".")[2] in CLASSIFIER_HEADS:
+            module.register_forward_pre_hook(lambda head, inputs: (inputs[0].to(next(head.parameters()).dtype),))
 
 
 def _remember_start(model: PeftModel) -> None:

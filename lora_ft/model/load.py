@@ -6,6 +6,8 @@ The identity (`BaseIdentity`) is known before any weight is read, and goes with 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +15,23 @@ from lora_ft.builtin import is_builtin, locate_model
 from lora_ft.errors import UserError
 from lora_ft.fingerprint import BaseIdentity, identify_base
 from lora_ft.recipe import check_buildable
-from lora_ft.sections import ModelSection
+from lora_ft.sections import ModelSection, Task
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+AUTO_CLASSES: dict[Task, str] = {
+    "sft": "AutoModelForCausalLM",
+    "classification": "AutoModelForSequenceClassification",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+}
+"""`data.task` → the transformers class that reads the base for it."""
+CLASSIFIER_HEADS = ("score", "classifier")
+"""What architectures call the layer that says the class; a base that was trained on text alone has none."""
+FLOATING_HEADS = ("lm_head", *CLASSIFIER_HEADS)
+"""Layers that are never quantised (peft#1720)."""
+SEQ2SEQ_GENERATION = {"num_beams": 4, "no_repeat_ngram_size": 2, "early_stopping": True}
+"""How an encoder-decoder base answers where it does not say so itself."""
 
 BASE_FILES = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
 """What is fetched of a Hub base: weights, configs, tokenizer, licence; no pickles, and code only where it may run."""
@@ -73,18 +88,29 @@ def load_tokenizer(folder: Path, section: ModelSection, chat_template: str | Non
 
 
 def load_base(
-    identity: BaseIdentity, section: ModelSection, quantization: dict[str, Any] | None = None, device: str | None = None
+    identity: BaseIdentity,
+    section: ModelSection,
+    quantization: dict[str, Any] | None = None,
+    device: str | None = None,
+    *,
+    task: Task = "sft",
+    labels: Sequence[str] = (),
+    pad_token_id: int | None = None,
 ) -> PreTrainedModel:
-    """The base as a causal language model, frozen, on `device` (this rank's, if None).
+    """The base as the model of a task, frozen, on `device` (this rank's, if None).
 
-    Weights that bitsandbytes does not quantise have `section.dtype`. Under DeepSpeed ZeRO-3 transformers itself shards
-    the weights while reading, so no device is given then.
+    Weights that bitsandbytes does not quantise have `section.dtype`; heads are never quantised. Under DeepSpeed ZeRO-3
+    transformers itself shards the weights while reading, so no device is given then.
+
+    Args:
+        labels: names of the classes for `classification`, which go into the model's config; its head is random.
+        pad_token_id: what rows are padded with; a classifier looks for the last token before it.
 
     Raises:
         UserError: the weights cannot be read, or do not fill the architecture.
     """
     import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    import transformers
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     from lora_ft.model.machine import probe_machine
@@ -97,20 +123,40 @@ def load_base(
         "use_safetensors": True,
         "local_files_only": True,
     }
+    if task == "classification":
+        names = dict(enumerate(labels))
+        options |= {"id2label": names, "label2id": {name: index for index, name in names.items()}}
+        options |= {"pad_token_id": pad_token_id}
     if not is_deepspeed_zero3_enabled():
         options["device_map"] = {"": device or probe_machine().device}
-    config = check_buildable("quantization", BitsAndBytesConfig, quantization, "recipe") if quantization else None
+    auto_class, config = getattr(transformers, AUTO_CLASSES[task]), build_quantization(quantization)
     try:
-        if config is not None:
-            model, info = load_quantised(AutoModelForCausalLM, identity, config, options)
-        else:
-            model, info = AutoModelForCausalLM.from_pretrained(identity.folder, output_loading_info=True, **options)
+        with _without_load_report():
+            if config is not None:
+                model, info = load_quantised(auto_class, identity, config, options)
+            else:
+                model, info = auto_class.from_pretrained(identity.folder, output_loading_info=True, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as fault:
-        rule = f"It cannot be read: {_first_line(fault)}"
-        raise UserError("model.base", section.base, rule, "Check the folder.") from fault
-    _refuse_missing(section, info)
+        raise _unreadable(section, task, fault) from fault
+    _refuse_missing(section, info, CLASSIFIER_HEADS if task == "classification" else ())
     use_safe_4bit_kernels(model)
+    if task == "seq2seq" and model.generation_config.num_beams in (None, 1):
+        model.generation_config.update(**SEQ2SEQ_GENERATION)
     return model.requires_grad_(False)
+
+
+def build_quantization(fields: dict[str, Any] | None) -> BitsAndBytesConfig | None:
+    """The config of a recipe's section `quantization`, None without one.
+
+    transformers leaves heads alone unless `llm_int8_skip_modules` names other layers; then they are named beside them.
+    """
+    from transformers import BitsAndBytesConfig
+
+    if not fields:
+        return None
+    if skipped := fields.get("llm_int8_skip_modules"):
+        fields = {**fields, "llm_int8_skip_modules": [*skipped, *FLOATING_HEADS]}
+    return check_buildable("quantization", BitsAndBytesConfig, fields, "recipe")
 
 
 def use_safe_4bit_kernels(model: Any) -> None:
@@ -168,11 +214,33 @@ def _check_config(name: str, folder: Path, trust_remote_code: bool) -> None:
         raise UserError("model.base", name, rule, "Read that code, then set model.trust_remote_code: true.")
 
 
-def _refuse_missing(section: ModelSection, info: dict[str, Any]) -> None:
-    missing = sorted(info["missing_keys"])
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    """Keeps transformers from telling at length what weights are missing; `_refuse_missing` decides about that."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _refuse_missing(section: ModelSection, info: dict[str, Any], drawn: Sequence[str]) -> None:
+    """`drawn` are modules that no file need hold, as training starts them at random."""
+    missing = sorted(name for name in info["missing_keys"] if name.partition(".")[0] not in drawn)
     if missing:
         rule = f"{len(missing)} weights of the architecture are not in its files, {missing[0]} first."
-        raise UserError("model.base", section.base, rule, "Fetch the base again, or name a causal language model.")
+        raise UserError("model.base", section.base, rule, "Fetch the base again, or name one that fits data.task.")
+
+
+def _unreadable(section: ModelSection, task: Task, fault: Exception) -> UserError:
+    rule, fix = f"It cannot be read: {_first_line(fault)}", "Check the folder."
+    if "Unrecognized configuration class" in str(fault):
+        rule = f"Its architecture has no {AUTO_CLASSES[task]}, which data.task: {task} is trained with."
+        fix = "Name a base of another kind (seq2seq: T5 and its family; sft: causal ones), or another data.task."
+    return UserError("model.base", section.base, rule, fix)
 
 
 def _first_line(fault: BaseException) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 
 from lora_ft.errors import Fault, UserError, raise_faults
 from lora_ft.recipe import EARLY_STOPPING
-from lora_ft.sections import Choice, Recipe
+from lora_ft.sections import Choice, Recipe, Task
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def choose_settings(recipe: Recipe, machine: Machine) -> Recipe:
             choices.append(Choice(f"{section}.{key}", value, reason))
 
     if model.dtype == "auto":
-        dtype, reason = _fastest_dtype(machine)
+        dtype, reason = _fastest_dtype(machine, recipe.data.task)
         model = replace(model, dtype=dtype)
         choices.append(Choice("model.dtype", dtype, reason))
     if model.attn_implementation is None:
@@ -136,7 +136,12 @@ def _training_settings(recipe: Recipe, machine: Machine, dtype: str) -> Iterator
     yield "save_strategy", "epoch", "an interrupted run loses at most one epoch"
     if EARLY_STOPPING in recipe.training:
         yield "load_best_model_at_end", True, "early stopping goes back to the best step"
-    yield "save_total_limit", 2, "the newest, and one before it"
+    kept = (
+        "the newest, and one before it"
+        if recipe.data.task == "sft"
+        else "those of lowest validation loss, and the newest"
+    )
+    yield "save_total_limit", 2, kept
     yield "ddp_find_unused_parameters", False, "every adapter is used in every step, so no rank need look"
     yield "logging_steps", 5, "often enough to draw a curve"
     yield "report_to", "none", "nothing leaves this machine unless asked"
@@ -195,6 +200,7 @@ def memory_traits(kind: str) -> MemoryTraits:
 
 def _impossible(recipe: Recipe, machine: Machine) -> Iterator[Fault]:
     """What this machine cannot do, though the recipe asks for it."""
+    yield from _overflowing(recipe)
     if machine.device == "cpu":
         remedy = "Write bfloat16 or float32, or leave it out."
         if recipe.model.dtype == "float16":
@@ -211,9 +217,27 @@ def _impossible(recipe: Recipe, machine: Machine) -> Iterator[Fault]:
         yield Fault("training.fp16", True, "model.dtype is bfloat16, and both would be mixed.", "Use one of them.")
 
 
-def _fastest_dtype(machine: Machine) -> tuple[Any, str]:
+def _overflowing(recipe: Recipe) -> Iterator[Fault]:
+    """Half precision for T5, whose activations pass 65,504 and become NaN. Source: transformers#9295, #4586."""
+    if recipe.data.task != "seq2seq":
+        return
+    rule, fix = "T5 was trained in bfloat16; in float16 it overflows to NaN.", "Write bfloat16 or float32."
+    half = {
+        "model.dtype": recipe.model.dtype == "float16",
+        "training.fp16": bool(recipe.training.get("fp16")),
+        "quantization.bnb_4bit_compute_dtype": (recipe.quantization or {}).get("bnb_4bit_compute_dtype") == "float16",
+        "export.dtype": recipe.export.dtype == "float16",
+    }
+    for key, is_half in half.items():
+        if is_half:
+            yield Fault(key, True if key == "training.fp16" else "float16", rule, fix)
+
+
+def _fastest_dtype(machine: Machine, task: Task) -> tuple[Any, str]:
     if machine.native_bf16:
         return "bfloat16", f"native here: {machine.bf16_reason}"
+    if machine.device.startswith("cuda") and task == "seq2seq":
+        return "float32", "bfloat16 is not native, and T5 overflows in float16"
     if machine.device.startswith("cuda"):
         return "float16", f"bfloat16 is not native: {machine.bf16_reason}"
     return "float32", f"bfloat16 is not native: {machine.bf16_reason}"

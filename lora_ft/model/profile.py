@@ -16,7 +16,7 @@ from functools import cache
 from typing import Any
 
 from lora_ft.model.adapter import call_peft
-from lora_ft.recipe import LORAPLUS
+from lora_ft.recipe import LORAPLUS, check_buildable
 
 PROBES = (64, 128)
 """Tokens of the two forward passes that are counted; between them lies what grows with tokens, and what does not."""
@@ -57,7 +57,9 @@ class ModelProfile:
 
 
 def profile_model(config: Any, dtype: str, lora: dict[str, Any], skip_modules: tuple[str, ...] = ()) -> ModelProfile:
-    """The profile of a causal language model of this config with an adapter, computing in `dtype`.
+    """The profile of a model of this config with an adapter, computing in `dtype`; without the head of a classifier.
+
+    An encoder-decoder is given as many tokens on either side, which is the most that both can have.
 
     `skip_modules` are those that `llm_int8_skip_modules` keeps from quantisation.
     """
@@ -83,7 +85,7 @@ def profile_model(config: Any, dtype: str, lora: dict[str, Any], skip_modules: t
         embedding_parameters=table,
         trained_parameters=sum(p.numel() for p in tuned.parameters() if p.requires_grad),
         layer_parameters=layer_parameters,
-        layer_bytes=tuple(slope[index] for index in range(len(layers))),
+        layer_bytes=tuple(slope.get(index, 0) for index in range(len(layers))),
         outer_bytes=slope[None],
         fixed_bytes=sum(few[key] - slope[key] * PROBES[0] for key in many),
         hidden_size=text.hidden_size,
@@ -95,13 +97,14 @@ def profile_model(config: Any, dtype: str, lora: dict[str, Any], skip_modules: t
 
 
 def _build_on_meta(config: Any, dtype: Any) -> Any:
-    from transformers import AttentionInterface, AutoModelForCausalLM
+    from transformers import AttentionInterface, AutoModelForCausalLM, AutoModelForSeq2SeqLM
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     AttentionInterface.register("profile", _attend)
     ALL_EXPERTS_FUNCTIONS.register("profile", _run_experts)
     options = {"dtype": dtype, "attn_implementation": "profile", "experts_implementation": "profile"}
-    return AutoModelForCausalLM.from_config(config, **options).requires_grad_(False)
+    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    return auto_class.from_config(config, **options).requires_grad_(False)
 
 
 def _find_matrices(model: Any, skip_modules: tuple[str, ...]) -> list[Any]:
@@ -122,7 +125,7 @@ def _attach_on_meta(model: Any, lora: dict[str, Any]) -> Any:
     from peft import LoraConfig, get_peft_model
 
     fields = {key: value for key, value in lora.items() if key not in (LORAPLUS, "init_lora_weights")}
-    config = LoraConfig(**fields, task_type="CAUSAL_LM")
+    config = check_buildable("lora", LoraConfig, {**fields, "task_type": "CAUSAL_LM"}, "recipe")
     tuned = call_peft(get_peft_model, model, config, autocast_adapter_dtype=False)
     for parameter in tuned.parameters():
         parameter.data = parameter.data.to(model.dtype)
@@ -156,7 +159,8 @@ def _count_kept(tuned: Any, layers: list[Any], num_tokens: int) -> Counter[int |
     counted = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
     with _watched(layers, inside), _no_autocast(), counted:
         ids = torch.zeros(1, num_tokens, dtype=torch.long)
-        tuned.get_base_model().base_model(input_ids=ids, use_cache=False)
+        sides = {"decoder_input_ids": ids} if tuned.config.is_encoder_decoder else {}
+        tuned.get_base_model().base_model(input_ids=ids, use_cache=False, **sides)
     return kept
 
 

@@ -23,6 +23,7 @@ from lora_ft.training.attention import document_attention, keeps_documents_apart
 from lora_ft.training.lora_linear import fused_lora
 from lora_ft.training.loss import TokenScores, add_scoring
 from lora_ft.training.meter import TokenMeter, sum_rows
+from lora_ft.training.optimizer import create_loraplus
 from lora_ft.training.progress import LogFile, Progress
 from lora_ft.training.rows import RowJoiner, find_tokens
 
@@ -165,22 +166,9 @@ class LoraTrainer(SFTTrainer):
         """The card is written once, beside the adapter, by `export.card`."""
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The optimizer of the arguments; with LoRA+, the same one with the learning rate of every B multiplied.
-
-        Source: Hayou et al. 2024, "LoRA+: Efficient Low Rank Adaptation of Large Models".
-        """
+        """The optimizer of the arguments; with LoRA+, the same one with the learning rate of every B multiplied."""
         if getattr(self, "optimizer", None) is None and self._loraplus_ratio is not None:
-            from peft.optimizers import create_loraplus_optimizer
-
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args)
-            self.optimizer = create_loraplus_optimizer(
-                model=self.model,
-                optimizer_cls=kind,
-                lr=options.pop("lr"),
-                loraplus_lr_ratio=self._loraplus_ratio,
-                loraplus_weight_decay=self.args.weight_decay,
-                **options,
-            )
+            self.optimizer = create_loraplus(self, self._loraplus_ratio)
         return super().create_optimizer(model)
 
 

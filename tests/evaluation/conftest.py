@@ -76,6 +76,7 @@ def make_run(tmp_path, make_evidence):
             "base": {"name": "org/<b>base</b>", "revision": None, "fingerprint": "b" * 64},
             "data": made.audit.data.to_json(),
             "choices": [{"key": "training.seed", "value": 42, "reason": "fixed"}],
+            "task": "sft",
             "machine": {"device": "cpu", "name": "A CPU", "processes": 1},
             "versions": {"python": "3.11", "torch": "2.13"},
             "trainable_parameters": 1234,

@@ -91,15 +91,15 @@ def test_a_pinned_base_and_a_larger_vocabulary_are_in_the_lines_to_copy(plain):
 
 
 def test_a_classifier_is_loaded_as_one(plain):
-    manifest = replace(read_manifest(plain.adapter), labels={"0": "bad", "1": "good"})
+    manifest = replace(read_manifest(plain.adapter), task_type="SEQ_CLS", labels={"0": "bad", "1": "good"})
     card = render_card(adapter_facts(manifest, "org/tuned"))
     assert front_matter(card)["pipeline_tag"] == "text-classification"
-    assert "AutoModelForSequenceClassification.from_pretrained" in card
+    assert "AutoModelForSequenceClassification.from_pretrained" in card and "num_labels=2)" in card
 
 
 def test_a_merged_model_needs_no_base_to_load(plain, tmp_path):
     report = merge_adapter(plain.adapter, tmp_path / "merged", prove=False)
-    card = render_card(merged_facts(report, "org/tuned", False, "convert it"))
+    card = render_card(merged_facts(report, "org/tuned", "CAUSAL_LM", "convert it"))
     assert 'AutoModelForCausalLM.from_pretrained("org/tuned", dtype="auto")' in card
     assert "vllm serve org/tuned" in card
     assert "Ollama: convert it" in card

@@ -1,0 +1,255 @@
+"""A base that learns classes: its head is drawn, trained, saved, read back and merged, and never quantised."""
+
+import json
+
+import pytest
+
+from tests.test_run import NF4, lora_ft, stock
+
+SPAM = ["win a free prize now", "free entry call now", "you have won a free phone", "claim your free prize"]
+HAM = ["see you at the station", "are you home yet", "dinner is at seven", "call me when you are there"]
+CLASSES = {"junk": SPAM, "fine": HAM, "odd": ["7 7 7 7", "9 9", "1 2 3", "4 4 4"]}
+PIPELINE = """
+import json, sys
+from transformers import pipeline
+classify = pipeline("text-classification", model=sys.argv[1])
+print(json.dumps([found["label"] for found in classify(json.loads(sys.argv[2]), batch_size=4)]))
+"""
+HEAD_LOGITS = """
+import json, sys, torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+base, adapter, texts = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+tokenizer = AutoTokenizer.from_pretrained(adapter)
+model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=3, dtype=torch.float32)
+model.config.pad_token_id = tokenizer.pad_token_id
+model = PeftModel.from_pretrained(model, adapter).eval()
+with torch.no_grad():
+    print(json.dumps([model(**tokenizer(text, return_tensors="pt")).logits[0].tolist() for text in texts]))
+"""
+
+
+def make_rows() -> list[dict]:
+    """Sixty short texts of three classes."""
+    return [
+        {"text": f"{text} {extra}".strip(), "label": label}
+        for extra in ("", "please", "today", "again", "ok")
+        for label, texts in CLASSES.items()
+        for text in texts
+    ]
+
+
+@pytest.fixture
+def class_recipe(recipe_file, tmp_path):
+    """A function that writes a recipe for three classes."""
+    data = tmp_path / "texts.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in make_rows()))
+
+    def write(**sections):
+        section = {
+            "task": "classification",
+            "sources": [{"path": str(data)}],
+            "split": {"validation": 0.2, "test": 0.2},
+        }
+        return recipe_file(**{**sections, "data": section, "evaluation": None})
+
+    return write
+
+
+def make_gpt2(folder):
+    """A random GPT-2 of two layers without a padding token."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from tests.conftest import make_tokenizer
+
+    torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = None
+    config = GPT2Config(vocab_size=320, n_embd=64, n_layer=2, n_head=4, n_positions=128, bos_token_id=2, eos_token_id=2)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def run(path, *overrides):
+    from lora_ft.recipe import load_recipe
+    from lora_ft.run import run_recipe
+
+    return run_recipe(load_recipe(path, overrides), quiet=True)
+
+
+def test_the_whole_way_in_4_bit(class_recipe, tmp_path):
+    """Failure mode 30, and the classes' names: adapter, merged model, figures, and the command's words."""
+    learn = {"max_steps": 60, "learning_rate": 1e-2, "per_device_train_batch_size": 8}
+    path = class_recipe(quantization=NF4, training=learn, export={"merge": True})
+    done = lora_ft("train", path)
+    assert done.returncode == 0, done.stderr
+    assert "right train 1" in done.stdout and "accuracy" in done.stdout and "lora-ft verify" in done.stdout
+    folder = tmp_path / "run"
+    report = json.loads((folder / "report" / "report.json").read_text())
+    accuracy = report["figures"]["accuracy"]
+    assert set(report["splits"]) == {"train", "validation", "test"} and report["labels"] == ["fine", "junk", "odd"]
+    assert report["splits"]["train"]["accuracy"] > 0.9 > accuracy["base"]["value"]
+    assert sum(map(sum, report["confusion"])) == accuracy["num_rows"] == report["splits"]["test"]["num_rows"] == 12
+    assert sum(report["confusion"][n][n] for n in range(3)) / 12 == pytest.approx(accuracy["tuned"]["value"])
+    rows = [json.loads(line) for line in (folder / "report" / "predictions.jsonl").read_text().splitlines()]
+    right = sum(row["tuned"] == row["reference"] for row in rows) / len(rows)
+    assert right == pytest.approx(accuracy["tuned"]["value"])
+    said = stock(PIPELINE, folder / "merged", json.dumps([row["prompt"] for row in rows]))
+    alike = sum(label == row["tuned"] for label, row in zip(said, rows, strict=True))
+    assert alike >= 10  # merged onto weights that were never quantised, so that rows near a border may change sides
+    assert json.loads((folder / "merged" / "config.json").read_text())["id2label"]["1"] == "junk"
+    again = lora_ft("evaluate", folder, "--json")
+    assert json.loads(again.stdout)["figures"] == report["figures"], again.stderr
+    assert lora_ft("verify", folder).returncode == 0
+    refused = lora_ft("chat", folder)
+    assert refused.returncode == 2 and "SEQ_CLS" in refused.stderr
+
+
+def test_a_stock_reload_gives_the_very_logits(class_recipe, tiny_base, tmp_path):
+    """Failure mode 30: saved, read in a fresh process by PEFT alone, and asked the same."""
+    import torch
+
+    from lora_ft.model.load import find_base, load_tokenizer
+    from lora_ft.model.machine import probe_machine
+    from lora_ft.recipe import load_recipe
+    from lora_ft.run import bare_model, build_splits, prepare_trainer, save_trained, settle_recipe, settle_validation
+    from lora_ft.training.distributed import read_launch
+
+    recipe = settle_recipe(load_recipe(class_recipe()), probe_machine(), read_launch())
+    base = find_base(str(tiny_base))
+    tokenizer = load_tokenizer(base.folder, recipe.model)
+    splits = build_splits(recipe.data, tokenizer)
+    trainer = prepare_trainer(settle_validation(recipe, len(splits.validation)), base, tokenizer, splits, quiet=True)
+    trainer.train()
+    adapter = save_trained(trainer, tokenizer, splits, base, recipe)
+    model, texts = bare_model(trainer).eval(), [*SPAM[:2], *HAM[:2]]
+    with torch.no_grad():
+        live = [model(**tokenizer(text, return_tensors="pt")).logits[0].tolist() for text in texts]
+    assert stock(HEAD_LOGITS, tiny_base, adapter, json.dumps(texts)) == live
+
+
+@pytest.mark.parametrize("skipped", [None, ["layers.0"]])
+def test_the_head_is_floating_point_and_learns(tiny_base, skipped):
+    """Failure mode 31: also where the recipe names other layers to be left alone, so that the head is forgotten."""
+    import torch
+
+    from lora_ft.model.adapter import attach_adapter
+    from lora_ft.model.load import find_base, load_base
+    from lora_ft.sections import ModelSection
+
+    quantization = {**NF4, "llm_int8_skip_modules": skipped} if skipped else NF4
+    section = ModelSection(str(tiny_base), dtype="bfloat16")
+    model = load_base(
+        find_base(str(tiny_base)), section, quantization, task="classification", labels=("a", "b"), pad_token_id=0
+    )
+    assert type(model.model.layers[1].mlp.up_proj).__name__ == "Linear4bit"
+    assert type(model.score) is torch.nn.Linear and model.score.weight.is_floating_point()
+    lora = {"r": 4, "target_modules": "all-linear"}
+    model = attach_adapter(model, lora, task="classification")
+    head = model.base_model.model.score.modules_to_save["default"].weight
+    assert head.dtype == torch.float32 and head.requires_grad
+    before = head.detach().clone()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    ids = torch.randint(3, 300, (4, 9))
+    torch.nn.functional.cross_entropy(model(input_ids=ids).logits, torch.tensor([0, 1, 0, 1])).backward()
+    optimizer.step()
+    assert not torch.equal(head, before)
+
+
+def test_the_head_follows_from_the_seed(tiny_base):
+    import torch
+
+    from lora_ft.model.adapter import attach_adapter
+    from lora_ft.model.load import find_base, load_base
+    from lora_ft.sections import ModelSection
+
+    heads = []
+    for seed in (1, 1, 2):
+        torch.rand(len(heads) + 1)
+        model = load_base(find_base(str(tiny_base)), ModelSection(str(tiny_base)), task="classification", labels="ab")
+        model = attach_adapter(model, {"r": 2, "target_modules": ["q_proj"]}, task="classification", seed=seed)
+        heads.append(model.base_model.model.score.modules_to_save["default"].weight)
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+
+
+@pytest.mark.parametrize("pad_token_id", [0, 2], ids=["own", "eos"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_last_token_speaks_however_rows_are_padded(tiny_base, pad_token_id, side):
+    """Also where the padding is the end mark, and a row ends with one."""
+    import torch
+
+    from lora_ft.model.load import find_base, load_base
+    from lora_ft.sections import ModelSection
+
+    model = load_base(
+        find_base(str(tiny_base)),
+        ModelSection(str(tiny_base), dtype="float32"),
+        task="classification",
+        labels=("a", "b", "c"),
+        pad_token_id=pad_token_id,
+    ).eval()
+    rows = [[5, 6, 7], [8, 9, 10, 11, 12, 2], [13]]
+    width = max(map(len, rows))
+    filled = [[pad_token_id] * (width - len(row)) for row in rows]
+    marks = [[1] * len(row) for row in rows]
+    zeros = [[0] * len(filler) for filler in filled]
+    ids, mask = (
+        [f + r if side == "left" else r + f for r, f in zip(kept, fillers, strict=True)]
+        for kept, fillers in ((rows, filled), (marks, zeros))
+    )
+    with torch.no_grad():
+        together = model(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask)).logits
+        alone = torch.cat([model(input_ids=torch.tensor([row])).logits for row in rows])
+    assert torch.allclose(together, alone, atol=1e-5)
+
+
+def test_gpt2_without_a_padding_token_learns_and_is_merged(class_recipe, tmp_path):
+    learn = {"max_steps": 80, "learning_rate": 2e-2, "per_device_train_batch_size": 8}
+    base = make_gpt2(tmp_path / "gpt2")
+    path = class_recipe(model={"base": str(base)}, training=learn, export={"merge": True})
+    result = run(path)
+    evaluation = result.manifest["evaluation"]
+    assert evaluation["splits"]["train"]["accuracy"] > evaluation["figures"]["accuracy"]["base"]["value"]
+    assert json.loads((tmp_path / "run" / "merged" / "config.json").read_text())["pad_token_id"] == 2
+    rows = [json.loads(line) for line in (tmp_path / "run" / "report" / "predictions.jsonl").read_text().splitlines()]
+    texts = json.dumps([row["prompt"] for row in rows])
+    assert stock(PIPELINE, tmp_path / "run" / "merged", texts) == [row["tuned"] for row in rows]
+
+
+def test_only_the_last_block_the_norm_and_the_head(class_recipe):
+    """The classic exercise: LoRA in one block alone, the final norm and the head whole."""
+    from safetensors import safe_open
+
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    lora = {"target_modules": names, "layers_to_transform": [1], "modules_to_save": ["model.norm"]}
+    result = run(class_recipe(lora=lora, quantization=NF4))
+    assert result.manifest["verification"]["ok"]
+    with safe_open(result.folder / "adapter" / "adapter_model.safetensors", "pt") as file:
+        keys = [key.removeprefix("base_model.model.") for key in file.keys()]  # noqa: SIM118
+    assert {key for key in keys if "lora_" not in key} == {"model.norm.weight", "score.weight"}
+    assert {key.split(".")[2] for key in keys if "lora_" in key} == {"1"}
+
+
+def test_all_linear_in_some_layers_is_refused(class_recipe):
+    """By PEFT itself, before anything is read or written."""
+    from lora_ft.errors import UserError
+
+    with pytest.raises(UserError, match="cannot be used when"):
+        run(class_recipe(lora={"layers_to_transform": [1]}))
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("evaluation.metrics=[f1]", "no meaning for task classification"),
+        ("evaluation.generate=4", "no meaning for task classification"),
+        ("training.packing=true", "This is decided by data.packing"),
+        ("training.dataset_text_field=text", "data.sources.0.columns"),
+        ("training.use_liger=true", "transformers.TrainingArguments"),
+    ],
+)
+def test_what_a_classifier_has_no_use_for_is_refused(class_recipe, override, expected):
+    done = lora_ft("check", class_recipe(), override, "--no-data")
+    assert done.returncode == 2 and expected in done.stderr
