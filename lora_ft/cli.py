@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lora_ft.errors import UserError
+from lora_ft.errors import Interrupted, UserError
 
 INTERRUPTED = 130
 ONTO = "onto the base's own weights, or onto what 4 bit made of them in training"
@@ -72,6 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
     train = add("train", train_command, "train an adapter, verify it, compare it with its base, export it")
     add_recipe(train)
     train.add_argument("--fresh", action="store_true", help="remove what an older run left in output_dir")
+    train.add_argument("--warm-start", action="store_true", help="start anew, from the weights of the run there")
     check = add("check", check_command, "check a recipe and audit its data, and say what would be run")
     add_recipe(check)
     check.add_argument("--no-data", action="store_true", help="the recipe alone: neither base nor data are looked for")
@@ -135,7 +136,11 @@ def train_command(options: argparse.Namespace) -> None:
 
     from lora_ft.run import run_recipe
 
-    result = run_recipe(recipe, fresh=options.fresh, quiet=options.json)
+    try:
+        result = run_recipe(recipe, fresh=options.fresh, warm_start=options.warm_start, quiet=options.json)
+    except Interrupted as stop:
+        (fault,) = stop.faults
+        raise Interrupted(fault.place, fault.value, fault.rule, f"Go on with:\n  {_command_again()}") from None
     if result is None:
         return
     if options.json:
@@ -144,6 +149,20 @@ def train_command(options: argparse.Namespace) -> None:
         from lora_ft.summary import print_summary
 
         print_summary(result)
+
+
+def _command_again() -> str:
+    """The command that this process is, as typed, without what would begin anew; under a launcher, the launcher's."""
+    import shlex
+
+    import psutil
+
+    process = psutil.Process()
+    launcher = process.parent() if "TORCHELASTIC_RUN_ID" in os.environ else None
+    words = (launcher or process).cmdline()
+    if len(words) > 1 and shutil.which(Path(words[1]).name) == words[1]:  # `lora-ft`, which Python was given as a file
+        words = [Path(words[1]).name, *words[2:]]
+    return shlex.join(word for word in words if word not in {"--fresh", "--warm-start"})
 
 
 def check_command(options: argparse.Namespace) -> None:

@@ -48,6 +48,12 @@ class RunFailed(UserError):
     exit_code = 1
 
 
+class Interrupted(UserError):
+    """A run was asked to stop, and did so after a checkpoint from which it goes on: exit code 130."""
+
+    exit_code = 130
+
+
 def raise_faults(faults: Iterable[Fault]) -> None:
     """Nothing when there are no faults; otherwise one `UserError` with all of them."""
     found = tuple(faults)

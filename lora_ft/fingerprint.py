@@ -126,13 +126,17 @@ def list_weight_files(folder: Path) -> list[Path]:
     """The safetensors files that stock `from_pretrained` reads from `folder`: those of the index, or the single one.
 
     Raises:
-        UserError: there are none, or one that the index names is missing.
+        UserError: there are none, or one that the index names is missing, or not beside it.
     """
     if (folder / INDEX_NAME).is_file():
         index = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
         names = sorted(set(index["weight_map"].values()))
     else:
         names = [WEIGHTS_NAME]
+    strange = [name for name in names if Path(name).name != name]
+    if strange:
+        rule = "An index names files beside it; what is written under such a name would lie elsewhere."
+        raise UserError(str(folder / INDEX_NAME), strange[0], rule, "Do not use this model.")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         rule = "A base is read from safetensors files; pickled weights could run code and are not opened."

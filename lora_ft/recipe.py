@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import typing
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -16,26 +17,30 @@ from typing import Any, Literal
 import yaml
 
 from lora_ft.builtin import is_builtin, locate_data, locate_recipe
+from lora_ft.credentials import find_credentials
 from lora_ft.errors import Fault, UserError, raise_faults
 from lora_ft.library_fields import LIBRARY_CLASSES, LibraryField, accepts, describe, find_class, read_fields
-from lora_ft.sections import DataSection, EvaluationSection, ExportSection, ModelSection, Recipe
+from lora_ft.sections import DataSection, EvaluationSection, ExportSection, GuardsSection, ModelSection, Recipe
 from lora_ft.yaml_lines import Document, Key, dotted, parse_scalar, read_yaml
 
 OUR_SECTIONS: dict[str, Any] = {
     "model": ModelSection,
     "data": DataSection,
     "evaluation": EvaluationSection,
+    "guards": GuardsSection,
     "export": ExportSection,
 }
 UNMEASURED = {"classification": ("generate", "metrics", "max_new_tokens", "general"), "seq2seq": ("general",)}
 """`data.task` → keys of `evaluation` that say nothing there: a class is not written, and an answer is no text."""
+INDEX = re.compile("[0-9]{1,9}")
+"""A number in the way to a value: the place in a list."""
 REQUIRED = ("output_dir", "model", "data")
 
 LORAPLUS = "loraplus_lr_ratio"
 """The one key under `lora` that is no LoraConfig field: it goes to `peft.optimizers.create_loraplus_optimizer`."""
 
 EARLY_STOPPING = "early_stopping_patience"
-"""The one key under `training` that is no SFTConfig field: it goes to `transformers.EarlyStoppingCallback`."""
+"""The one key under `training` that is no SFTConfig field: `LoraTrainer` goes by it, over a resume too."""
 
 OUR_FIELDS: dict[str, dict[str, LibraryField]] = {
     "lora": {LORAPLUS: LibraryField(float)},
@@ -106,6 +111,8 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "evaluation.generate": (lambda v: v == "all" or v >= 0, "A number of rows is not negative.", "Write 32, or all."),
     "evaluation.max_new_tokens": (lambda v: v > 0, "An answer has at least one token.", "Write 128, say."),
     "evaluation.batch_size": (lambda v: v > 0, "A batch has at least one row.", "Write 16, say."),
+    "guards.skip_non_finite": (lambda v: v >= 0, "A number of steps is not negative.", "Write 0, or 3."),
+    "guards.stall_minutes": (lambda v: v >= 0, "A time is not negative.", "Write 15, or 0 for never."),
     "lora.r": (lambda v: v > 0, "A rank is at least 1.", "Write 16, say."),
     "lora.lora_dropout": (lambda v: 0 <= v < 1, "A probability lies between 0 and 1.", "Write 0.05, or leave it out."),
     "lora.loraplus_lr_ratio": (lambda v: v > 0, "A ratio of learning rates is above 0.", "Write 16, say."),
@@ -135,6 +142,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     document = read_yaml(file, str(path))
     overridden = _apply_overrides(document, overrides)
     faults = list(document.faults)
+    raise_faults(find_credentials(document))  # alone, as other faults show values
     recipe = _build_recipe(document, faults)
     raise_faults(faults)
     assert recipe is not None
@@ -151,6 +159,7 @@ def dump_recipe(recipe: Recipe) -> str:
         "data": _plain(dataclasses.asdict(recipe.data)),
         "training": recipe.training,
         "evaluation": _plain(dataclasses.asdict(recipe.evaluation)),
+        "guards": dataclasses.asdict(recipe.guards),
         "export": dataclasses.asdict(recipe.export),
     }
     text = yaml.safe_dump({k: v for k, v in sections.items() if v is not None}, sort_keys=False, allow_unicode=True)
@@ -178,7 +187,7 @@ def _apply_overrides(document: Document, overrides: Iterable[str]) -> set[Key]:
     overridden: set[Key] = set()
     for override in overrides:
         name, equals, text = override.partition("=")
-        key: Key = tuple(int(part) if part.isdigit() else part for part in name.split("."))
+        key: Key = tuple(int(part) if INDEX.fullmatch(part) else part for part in name.split("."))
         if not equals or not all(str(part) for part in key):
             document.faults.append(
                 Fault(
@@ -191,7 +200,7 @@ def _apply_overrides(document: Document, overrides: Iterable[str]) -> set[Key]:
             continue
         try:
             _set_value(document.values, key, parse_scalar(text))
-        except (KeyError, IndexError, TypeError, yaml.YAMLError):
+        except (KeyError, IndexError, TypeError, ValueError, RecursionError, yaml.YAMLError):
             document.faults.append(
                 Fault(
                     f"command line  {override}",

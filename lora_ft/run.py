@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -23,13 +24,12 @@ from lora_ft.evaluation.curves import read_log, trace_curves
 from lora_ft.evaluation.general import prepare_general
 from lora_ft.evaluation.metrics import check_metrics
 from lora_ft.fingerprint import BaseIdentity, hash_tensors
-from lora_ft.model.adapter import attach_adapter, count_trainable
+from lora_ft.model.adapter import attach_adapter, count_trainable, load_weights
 from lora_ft.model.load import find_base, find_config, load_base, load_tokenizer
 from lora_ft.model.machine import Machine, choose_settings, peak_memory_bytes, probe_machine, settle_validation
 from lora_ft.model.planning import RecipePlan, plan_memory, refuse_unfit
 from lora_ft.recipe import EARLY_STOPPING, LORAPLUS, load_recipe
 from lora_ft.sections import Recipe
-from lora_ft.training.checkpoint import RunFolder, check_run_folder, check_space, claim_run_folder, write_manifest
 from lora_ft.training.distributed import (
     Launch,
     check_launch,
@@ -38,6 +38,8 @@ from lora_ft.training.distributed import (
     read_launch,
     settle_launch,
 )
+from lora_ft.training.run_folder import RunFolder, check_run_folder, check_space, claim_run_folder, write_manifest
+from lora_ft.training.steering import check_steering
 from lora_ft.training.trackers import check_trackers
 
 if TYPE_CHECKING:
@@ -72,11 +74,16 @@ class RunResult:
     """The content of its `run.json`."""
 
 
-def run_recipe(recipe: Recipe, *, fresh: bool = False, quiet: bool = False) -> RunResult | None:
-    """The recipe, run to its end; None on every rank but the first.
+def run_recipe(
+    recipe: Recipe, *, fresh: bool = False, warm_start: bool = False, quiet: bool = False
+) -> RunResult | None:
+    """The recipe, run to its end; None on every rank but the first. An unfinished run in its folder is gone on with.
+
+    `fresh` removes what an older run left; `warm_start` does too, but for its weights, which the new run starts from.
 
     Raises:
         UserError: something the user must change; raised before training, and before anything is written.
+        Interrupted: a signal ended it after a checkpoint was saved.
         RunFailed: the run broke a promise, for instance the saved adapter does not reproduce the trained one.
     """
     quiet_libraries()
@@ -87,36 +94,68 @@ def run_recipe(recipe: Recipe, *, fresh: bool = False, quiet: bool = False) -> R
     splits = build_splits(recipe.data, tokenizer)
     prepare_general(recipe.evaluation, recipe.data, tokenizer)
     recipe = settle_validation(recipe, len(splits.validation))
+    check_steering(recipe)
     planned = plan_memory(recipe, base.folder, describe_hardware(machine, launch), splits.longest_row)
     recipe = refuse_unfit(planned)
-    run = check_run_folder(recipe, base.fingerprint, splits.fingerprint, fresh)
-
-    from lora_ft.evaluation.live import LivePage
-    from lora_ft.evaluation.page import write_page
-
-    trainer = prepare_trainer(recipe, base, tokenizer, splits, quiet)
+    run = check_run_folder(
+        recipe,
+        base.fingerprint,
+        splits.fingerprint,
+        processes=launch.world_size,
+        strategy=launch.strategy,
+        fresh=fresh,
+        warm=warm_start,
+    )
+    trainer = prepare_trainer(recipe, base, tokenizer, splits, warm_start=run.warm_start, quiet=quiet)
     check_space(run, recipe, count_trainable(trainer.model), base.num_bytes)
     manifest = describe_run(recipe, base, splits, launch) | {
         "trainable_parameters": count_trainable(trainer.model),
         "memory": planned.to_json(),
     }
-    if launch.rank == 0:
-        claim_run_folder(run, recipe, manifest, fresh)
-        trainer.add_callback(LivePage(run.path))
-    trainer.accelerator.wait_for_everyone()
-    outcome = trainer.train(resume_from_checkpoint=str(run.resume_from) if run.resume_from else None)
+    with claim_run_folder(run, recipe, manifest) if launch.rank == 0 else contextlib.nullcontext():
+        trainer.accelerator.wait_for_everyone()
+        return finish_run(trainer, tokenizer, splits, base, recipe, run, launch, manifest)
 
+
+def finish_run(
+    trainer: LoraTrainer,
+    tokenizer: PreTrainedTokenizerBase,
+    splits: Splits,
+    base: BaseIdentity,
+    recipe: Recipe,
+    run: RunFolder,
+    launch: Launch,
+    manifest: dict[str, Any],
+) -> RunResult | None:
+    """Training, and what is made of it, in a folder that is ours; None on every rank but the first."""
+    from lora_ft.evaluation.live import LivePage
+    from lora_ft.evaluation.page import write_page
+
+    if launch.rank == 0:
+        tell_resume(run)
+        trainer.add_callback(LivePage(run.path))
+    outcome = trainer.train(resume_from_checkpoint=str(run.resume_from) if run.resume_from else None)
     adapter = save_trained(trainer, tokenizer, splits, base, recipe)
     if launch.rank != 0:
         return None
     manifest["training"] = outcome.metrics
-    manifest["memory"]["measured_peak_bytes"] = peak_memory_bytes(machine)
+    manifest["memory"]["measured_peak_bytes"] = peak_memory_bytes(probe_machine())
     manifest["adapter_sha256"] = hash_tensors(adapter / "adapter_model.safetensors")
     manifest["verification"] = verify_saved(adapter)
     manifest["evaluation"] = evaluate_trained(trainer, tokenizer, splits, recipe, launch)
     manifest["export"] = export_run(adapter, recipe, run, manifest)
     write_page(run.path)
     return RunResult(run.path, write_manifest(run, "finished", manifest))
+
+
+def tell_resume(run: RunFolder) -> None:
+    """Says on stderr where a run goes on or starts from, and which settings have changed meanwhile."""
+    if run.resume_from is not None:
+        print(f"going on from {run.resume_from}", file=sys.stderr)
+    elif run.warm_start is not None:
+        print(f"starting from the weights in {run.warm_start}", file=sys.stderr)
+    for note in run.notes:
+        print(f"  {note}", file=sys.stderr)
 
 
 def settle_recipe(recipe: Recipe, machine: Machine, launch: Launch) -> Recipe:
@@ -163,11 +202,15 @@ def check_recipe(recipe: Recipe, machine: Machine, launch: Launch) -> tuple[Reci
 
 
 def prepare_trainer(
-    recipe: Recipe, base: BaseIdentity, tokenizer: PreTrainedTokenizerBase, splits: Splits, quiet: bool
+    recipe: Recipe,
+    base: BaseIdentity,
+    tokenizer: PreTrainedTokenizerBase,
+    splits: Splits,
+    *,
+    warm_start: Path | None = None,
+    quiet: bool = False,
 ) -> LoraTrainer:
     """Base, adapter and trainer. The arguments come first: under ZeRO-3 they say how the base is read."""
-    from transformers import EarlyStoppingCallback
-
     from lora_ft.tasks import TASKS
 
     steps = TASKS[recipe.data.task]
@@ -181,13 +224,20 @@ def prepare_trainer(
         adapter=recipe.model.adapter,
         base_folder=base.folder,
     )
-    ratio = (recipe.lora or {}).get(LORAPLUS)
-    trainer = steps.build_trainer(
-        model, tokenizer, splits.train, splits.validation, arguments, loraplus_ratio=ratio, quiet=quiet
+    if warm_start is not None:
+        load_weights(model, warm_start)
+    return steps.build_trainer(
+        model,
+        tokenizer,
+        splits.train,
+        splits.validation,
+        arguments,
+        loraplus_ratio=(recipe.lora or {}).get(LORAPLUS),
+        patience=recipe.training.get(EARLY_STOPPING),
+        guards=recipe.guards,
+        name_row=lambda number: splits.examples("train")[number].place,
+        quiet=quiet,
     )
-    if (patience := recipe.training.get(EARLY_STOPPING)) is not None:
-        trainer.add_callback(EarlyStoppingCallback(patience))
-    return trainer
 
 
 def read_base(

@@ -117,6 +117,16 @@ class EvaluationSection:
 
 
 @dataclass(frozen=True)
+class GuardsSection:
+    """What ends training before its time, and what only makes itself heard."""
+
+    skip_non_finite: int = 0
+    """How many steps may be left out of a run because their loss or gradient is not finite; the next one ends it."""
+    stall_minutes: float = 15.0
+    """After how long without any movement every rank says where it stands and what it waits for; 0 for never."""
+
+
+@dataclass(frozen=True)
 class ExportSection:
     """What is made of the adapter after training."""
 
@@ -158,6 +168,8 @@ class Recipe:
     """Fields of `trl.SFTConfig`."""
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)
     """What is measured."""
+    guards: GuardsSection = field(default_factory=GuardsSection)
+    """What ends training early."""
     export: ExportSection = field(default_factory=ExportSection)
     """What is made of the adapter."""
     choices: tuple[Choice, ...] = ()

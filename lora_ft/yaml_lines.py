@@ -14,7 +14,7 @@ from lora_ft.errors import Fault, UserError
 Key = tuple[str | int, ...]
 """The way to a value: `("data", "sources", 0, "path")`."""
 
-MAX_BYTES = 1_000_000
+MAX_BYTES = 200_000
 MAX_VALUES = 20_000
 
 

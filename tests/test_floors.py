@@ -13,6 +13,7 @@ FLOORS = {
     "builtin": 0,
     "library_fields": 0,
     "yaml_lines": 0,
+    "credentials": 0,
     "recipe": 0,
     "data": 1,
     "model": 2,

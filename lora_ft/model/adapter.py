@@ -78,6 +78,27 @@ def count_trainable(model: Any) -> int:
     return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
 
 
+def load_weights(model: PeftModel, folder: Path) -> None:
+    """Sets the adapter's weights to those that lie in `folder`.
+
+    Raises:
+        UserError: they are those of an adapter of another shape.
+    """
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    fix = "Use the lora section they were trained with, or give --fresh."
+    try:
+        result = set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+    except RuntimeError as fault:  # torch's word for tensors of another shape
+        rule = f"These weights do not fit this adapter: {str(fault).strip().splitlines()[-1].strip()}."
+        raise UserError("lora", str(folder), rule, fix) from None
+    missing = [name for name in result.missing_keys if "lora_" in name]
+    if missing or result.unexpected_keys:
+        rule = f"These weights do not fit this adapter: {(missing or result.unexpected_keys)[0]} has no counterpart."
+        raise UserError("lora", str(folder), rule, fix)
+
+
 def on_original_base(
     model: PeftModel, tensors: dict[str, Tensor], config: LoraConfig
 ) -> tuple[dict[str, Tensor], LoraConfig]:

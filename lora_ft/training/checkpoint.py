@@ -1,6 +1,10 @@
-"""A run's folder: who it belongs to, whether it can be continued, and what is written when.
+"""Checkpoints that are whole or invisible: written aside, hashed, synced to disk, and renamed when nothing is missing.
 
-The manifest `run.json` says `training` from the first write and `finished` after the last.
+    .saving/checkpoint-20/    being written; nobody looks there
+    checkpoint-20/            every file as its seal says, `checkpoint.json`, which was written last
+    .checkpoint-10.old/       being deleted
+
+A process can be killed between any two of these steps; what has the name of a checkpoint can be gone on from.
 """
 
 from __future__ import annotations
@@ -8,164 +12,119 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_ft.errors import Fault, UserError, raise_faults
-from lora_ft.fingerprint import hash_folder, hash_json
-from lora_ft.recipe import dump_recipe
-from lora_ft.sections import Recipe
+from lora_ft.errors import UserError
+from lora_ft.fingerprint import hash_folder, hash_json, publish_folder
 
-MANIFEST = "run.json"
-HARMLESS = ("logging_steps", "logging_first_step", "save_steps", "save_strategy", "save_total_limit", "report_to")
-"""Training settings that change nothing about the adapter."""
-
-
-@dataclass(frozen=True)
-class RunFolder:
-    """The folder of one run, checked before anything is written to it."""
-
-    path: Path
-    """`output_dir`."""
-    fingerprint: str
-    """Hash of what decides the adapter: base, quantisation, LoRA, data, training settings."""
-    identity: dict[str, Any]
-    """What the fingerprint was taken of, section by section."""
-    resume_from: Path | None
-    """The newest checkpoint of an unfinished run of the same identity."""
+PREFIX = "checkpoint-"
+SAVING = ".saving"
+SEAL = "checkpoint.json"
+LEFTOVERS = (SAVING, ".*.partial", ".*.old")
+"""What a killed process may have left in a run's folder."""
 
 
-def check_run_folder(recipe: Recipe, base_fingerprint: str, data_fingerprint: str, fresh: bool) -> RunFolder:
-    """The run's folder if this recipe may write to it; nothing is written.
-
-    Raises:
-        UserError: it holds a finished run, a run of another recipe, files of somebody else, or cannot be written.
-    """
-    path = recipe.output_dir
-    identity = _identity(recipe, base_fingerprint, data_fingerprint)
-    fingerprint = hash_json(identity)
-    _refuse_unwritable(path)
-    if not path.exists() or not any(path.iterdir()):
-        return RunFolder(path, fingerprint, identity, None)
-    manifest = read_manifest(path, damaged_ok=fresh)
-    if manifest is None:
-        rule = "The folder holds files that are no run's."
-        raise UserError("output_dir", str(path), rule, "Choose another folder.")
-    if fresh:
-        return RunFolder(path, fingerprint, identity, None)
-    if manifest["fingerprint"] != fingerprint:
-        raise_faults(_differences(path, manifest["identity"], identity))
-    if manifest["state"] == "finished":
-        rule = "The folder holds this very run, finished."
-        raise UserError("output_dir", str(path), rule, "Choose another folder, or give --fresh to replace it.")
-    return RunFolder(path, fingerprint, identity, _newest_checkpoint(path))
+def draft_checkpoint(run: Path, step: int) -> Path:
+    """A new folder for the checkpoint of a step, where nobody looks for one."""
+    shutil.rmtree(run / SAVING, ignore_errors=True)
+    draft = run / SAVING / f"{PREFIX}{step}"
+    draft.mkdir(parents=True)
+    return draft
 
 
-def claim_run_folder(run: RunFolder, recipe: Recipe, manifest: dict[str, Any], fresh: bool) -> None:
-    """Writes the resolved recipe and the first manifest; with `fresh`, what an older run left is removed first."""
-    if fresh:
-        remove_run(run.path)
-    run.path.mkdir(parents=True, exist_ok=True)
-    (run.path / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-    write_manifest(run, "training", manifest)
+def seal_checkpoint(draft: Path, *, weights_only: bool) -> Path:
+    """The draft as a checkpoint that can be seen; its seal is written when all else is there."""
+    content = {"step": int(draft.name.removeprefix(PREFIX)), "weights_only": weights_only, "files": hash_folder(draft)}
+    (draft / SEAL).write_bytes(_render_seal(content))
+    target = draft.parent.parent / draft.name
+    publish_folder(draft, target)
+    return target
 
 
-def write_manifest(run: RunFolder, state: str, content: dict[str, Any]) -> dict[str, Any]:
-    """`run.json`, replaced in one step; when finished, with the hash of every file of the run."""
-    manifest = {"state": state, "fingerprint": run.fingerprint, "identity": run.identity, **content}
-    if state == "finished":
-        manifest["files"] = {name: digest for name, digest in hash_folder(run.path).items() if name != MANIFEST}
-    draft = run.path / f".{MANIFEST}.{os.getpid()}.partial"
-    draft.write_text(json.dumps(manifest, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
-    os.replace(draft, run.path / MANIFEST)
-    return manifest
+def list_checkpoints(run: Path) -> list[Path]:
+    """Checkpoints by the step in their names, the newest first, damaged ones among them."""
+    steps = {path: path.name.removeprefix(PREFIX) for path in run.glob(f"{PREFIX}*") if path.is_dir()}
+    numbered = {path: int(step) for path, step in steps.items() if step.isdecimal()}
+    return sorted(numbered, key=lambda path: numbered[path], reverse=True)
 
 
-def read_manifest(path: Path, damaged_ok: bool = False) -> dict[str, Any] | None:
-    """What `run.json` says, or None where there is no run.
-
-    Raises:
-        UserError: the file is damaged, unless `damaged_ok`; then it is an empty manifest.
-    """
+def find_damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, in a few words; None where every byte is as it was written."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        raw = (checkpoint / SEAL).read_bytes()
+        content = json.loads(raw)
+        content.pop("sha256")
+        if raw != _render_seal(content) or checkpoint.name != f"{PREFIX}{content['step']}":
+            return f"{SEAL} is not as it was written"
+        found = hash_folder(checkpoint)
     except FileNotFoundError:
-        return None
-    except ValueError as fault:
-        if damaged_ok:
-            return {}
-        raise UserError(
-            str(path / MANIFEST), None, f"This is not JSON: {fault}.", "Give --fresh to start over."
-        ) from None
-    return manifest if {"state", "fingerprint", "identity"} <= set(manifest) else None
+        return f"{SEAL} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{SEAL} is not as it was written"
+    except OSError as fault:
+        return f"it cannot be read: {fault.strerror}"
+    for name, digest in content["files"].items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name] != digest:
+            return f"{name} is not as it was written"
+    return None
 
 
-def check_space(run: RunFolder, recipe: Recipe, trainable_parameters: int, base_bytes: int) -> None:
-    """Nothing, or a UserError when the disk has no room for checkpoints, adapter and merged model.
+def find_intact(run: Path) -> Path | None:
+    """The newest checkpoint without damage, or None where there is no checkpoint; damaged ones are named on stderr.
 
-    A checkpoint holds each trained parameter in float32 and two moments of Adam; one more is being written while
-    `save_total_limit` of them lie there.
+    Raises:
+        UserError: there are checkpoints, and all are damaged.
     """
-    checkpoints = int(recipe.training.get("save_total_limit") or 2) + 1
-    needed_bytes = trainable_parameters * 4 * (3 * checkpoints + 1) + (base_bytes if recipe.export.merge else 0)
-    folder = next(parent for parent in [run.path, *run.path.parents] if parent.exists())
-    free_bytes = shutil.disk_usage(folder).free
-    if free_bytes < needed_bytes:
-        rule = f"The run writes about {needed_bytes / 1e9:.2f} GB there, and {free_bytes / 1e9:.2f} GB are free."
-        raise UserError("output_dir", str(run.path), rule, "Free space, or name a folder on another disk.")
+    damaged: list[str] = []
+    for checkpoint in list_checkpoints(run):
+        damage = find_damage(checkpoint)
+        if damage is None:
+            for line in damaged:
+                print(f"{line}; going back to {checkpoint.name}", file=sys.stderr)
+            return checkpoint
+        damaged.append(f"{checkpoint} is passed over: {damage}")
+    if damaged:
+        rule = "No checkpoint of this run is intact."
+        raise UserError("output_dir", "; ".join(damaged), rule, "Give --fresh to start over.")
+    return None
 
 
-def remove_run(path: Path) -> None:
-    """Deletes what runs write in `path`, and nothing else."""
-    for name in ("adapter", "merged", "report", "initial_adapter"):
-        shutil.rmtree(path / name, ignore_errors=True)
-    for checkpoint in path.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint, ignore_errors=True)
-    for name in (MANIFEST, "recipe.yaml", "log.jsonl"):
-        (path / name).unlink(missing_ok=True)
+def is_weights_only(checkpoint: Path) -> bool:
+    """Whether an intact checkpoint holds the adapter without optimizer, schedule and random state."""
+    return bool(json.loads((checkpoint / SEAL).read_bytes())["weights_only"])
 
 
-def _identity(recipe: Recipe, base_fingerprint: str, data_fingerprint: str) -> dict[str, Any]:
-    training = {key: value for key, value in recipe.training.items() if key not in HARMLESS}
-    return {
-        "base": base_fingerprint,
-        "dtype": recipe.model.dtype,
-        "adapter": recipe.model.adapter,
-        "quantization": recipe.quantization,
-        "lora": recipe.lora,
-        "data": data_fingerprint,
-        "training": training,
-    }
+def rotate_checkpoints(run: Path, limit: int | None, best_step: int | None) -> None:
+    """Deletes the oldest checkpoints until `limit` are left; the newest and the best always stay."""
+    checkpoints = list_checkpoints(run)
+    kept = [path for path in checkpoints if path is checkpoints[0] or path.name == f"{PREFIX}{best_step}"]
+    for path in checkpoints:
+        if path not in kept and (limit is None or limit <= 0 or len(kept) < limit):
+            kept.append(path)
+    for path in checkpoints:
+        if path not in kept:
+            remove_checkpoint(path)
 
 
-def _differences(path: Path, old: dict[str, Any], new: dict[str, Any]) -> Iterator[Fault]:
-    """One fault for each setting in which the run that lies there differs from the one asked for."""
-    fix = "Choose another output_dir, or give --fresh to replace it."
-    for section in new:
-        before, after = old.get(section), new[section]
-        if isinstance(before, dict) and isinstance(after, dict):
-            for key in sorted({*before, *after}):
-                if before.get(key) != after.get(key):
-                    rule = f"The run in {path} has {before.get(key)}."
-                    yield Fault(f"{section}.{key}", after.get(key), rule, fix)
-        elif before != after:
-            shown = None if section in {"base", "data"} else after
-            yield Fault(section, shown, f"The run in {path} was made with another {section}.", fix)
+def remove_checkpoint(path: Path) -> None:
+    """Deletes a checkpoint; from the first moment on it is none."""
+    doomed = path.with_name(f".{path.name}.old")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
-def _newest_checkpoint(path: Path) -> Path | None:
-    steps = {
-        int(p.name.rpartition("-")[2]): p for p in path.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()
-    }
-    whole = [step for step, folder in steps.items() if (folder / "trainer_state.json").is_file()]
-    return steps[max(whole)] if whole else None
+def find_leftovers(run: Path) -> Iterator[Path]:
+    """What killed processes left behind, which nobody will ask for."""
+    for pattern in LEFTOVERS:
+        yield from run.glob(pattern)
 
 
-def _refuse_unwritable(path: Path) -> None:
-    if path.exists() and not path.is_dir():
-        raise UserError("output_dir", str(path), "This is a file.", "Name a folder.")
-    nearest = next(parent for parent in [path, *path.parents] if parent.exists())
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError("output_dir", str(path), f"{nearest} cannot be written to.", "Name another folder.")
+def _render_seal(content: dict[str, Any]) -> bytes:
+    """One text for one content, its own hash in it, so that no byte of it can change unnoticed."""
+    return (json.dumps({**content, "sha256": hash_json(content)}, indent=2, sort_keys=True) + "\n").encode()

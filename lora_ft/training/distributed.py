@@ -281,6 +281,9 @@ def _check_deepspeed(settings: DeepSpeedSettings, recipe: Recipe) -> Iterator[Fa
     if settings.offloads_optimizer and optimizer not in OFFLOADABLE:
         rule = "Where the optimizer is offloaded, accelerate puts DeepSpeed's Adam in the place of any other."
         yield Fault("training.optim", optimizer, rule, "Write adamw_torch, or do not offload the optimizer.")
+    if recipe.guards.skip_non_finite:
+        rule = "DeepSpeed takes its step before anybody can look at the gradient, so none can be left out."
+        yield Fault("guards.skip_non_finite", recipe.guards.skip_non_finite, rule, "Write 0.")
 
 
 def _check_zero3(recipe: Recipe) -> Iterator[Fault]:

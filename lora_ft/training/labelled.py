@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from lora_ft.data.collate import Collator
 from lora_ft.data.render import IGNORE_INDEX
 from lora_ft.errors import UserError
 from lora_ft.recipe import EARLY_STOPPING, check_buildable
-from lora_ft.training.keep_best import KeepBest
+from lora_ft.training.guards import LossNotes
+from lora_ft.training.lasting import LastingTrainer
 from lora_ft.training.lora_linear import fused_lora
-from lora_ft.training.meter import TokenMeter
 from lora_ft.training.optimizer import create_loraplus
 from lora_ft.training.progress import LogFile, Progress
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class LabelledTrainer(Trainer):
+class LabelledTrainer(LastingTrainer):
     """`transformers.Trainer` whose losses are summed and divided by the labels of the whole step.
 
     The models' own losses are means over a micro-batch, so that a label would weigh more the fewer stand beside it.
@@ -47,7 +47,6 @@ class LabelledTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # so that the labels of a whole step are counted for `compute_loss`
         self._loraplus_ratio = loraplus_ratio
-        self._meters = {True: TokenMeter(), False: TokenMeter()}
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains; LoRA layers take the short way meanwhile, where no sharding needs their own call."""
@@ -193,18 +192,18 @@ def build_labelled(
     *,
     loraplus_ratio: float | None = None,
     quiet: bool = False,
+    **lasting: Any,
 ) -> Any:
     """A trainer of `kind` over tokenised rows (`input_ids`, `labels`), which validates on the others, if there are any.
+
+    `lasting` are what `LastingTrainer` takes: patience, guards, name_row.
 
     Raises:
         UserError: nothing to train on, or transformers refuses the combination.
     """
     if len(train_rows) == 0:
         raise UserError("data.sources", None, "No row is left for training.", "Lower data.split, or add rows.")
-    callbacks: list[Any] = [LogFile(Path(arguments.output_dir) / "log.jsonl"), *([] if quiet else [Progress()])]
-    if arguments.save_total_limit:
-        callbacks.append(KeepBest(arguments.save_total_limit))
-        arguments.save_total_limit = None
+    log = LogFile(Path(arguments.output_dir) / "log.jsonl")
     try:
         trainer = kind(
             model=model,
@@ -213,8 +212,9 @@ def build_labelled(
             eval_dataset=validation_rows if validation_rows is not None and len(validation_rows) else None,
             processing_class=tokenizer,
             data_collator=Collator(tokenizer.pad_token_id),
-            callbacks=callbacks,
+            callbacks=[log, LossNotes(log.write_line), *([] if quiet else [Progress()])],
             loraplus_ratio=loraplus_ratio,
+            **lasting,
         )
     except (ValueError, ImportError, TypeError) as fault:
         rule = f"transformers refuses this combination: {str(fault).strip()}"

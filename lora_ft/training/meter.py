@@ -23,28 +23,34 @@ def sum_rows(scores: TokenScores, num_rows: int) -> Tensor:
     return loss.new_zeros(num_rows, 4).index_add_(0, scores.row.to(loss.device), tokens)
 
 
+def wide_float(device: torch.device) -> torch.dtype:
+    """The widest floating type that a device computes in."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 class TokenMeter:
     """Sums since they were last read."""
 
     def __init__(self) -> None:
-        self._sums: Tensor | None = None
+        self.sums: Tensor | None = None
+        """Loss, tokens right, supervised tokens, entropy, balancing loss, batches; None where nothing was taken in."""
 
     def add(self, rows: Tensor, aux_loss: Tensor | None = None) -> None:
         """Takes in the rows of a batch [num_rows, 4] as `sum_rows` gives them, and the batch's balancing loss."""
         balance = rows.new_zeros(1) if aux_loss is None else aux_loss.detach().to(rows).view(1)
         sums = torch.cat([rows.sum(0), balance, rows.new_ones(1)])
-        sums = sums if sums.device.type == "mps" else sums.double()  # mps knows no float64
-        self._sums = sums if self._sums is None else self._sums + sums
+        sums = sums.to(wide_float(sums.device))
+        self.sums = sums if self.sums is None else self.sums + sums
 
     def read(self, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, float]:
         """Means over the supervised tokens since the last reading, over all ranks if `reduce` adds up their sums.
 
         Nothing where nothing was taken in; `entropy` and `aux_loss` (a mean over batches) only where they were made.
         """
-        if self._sums is None:
+        if self.sums is None:
             return {}
-        loss, correct, supervised, entropy, aux_loss, batches = reduce(self._sums).tolist()
-        self._sums = None
+        loss, correct, supervised, entropy, aux_loss, batches = reduce(self.sums).tolist()
+        self.sums = None
         tokens = max(supervised, 1.0)
         figures = {"loss": loss / tokens, "mean_token_accuracy": correct / tokens}
         if entropy:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -46,16 +47,36 @@ class LogFile(TrainerCallback):
     def __init__(self, path: Path):
         self._path = path
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
-        if state.is_world_process_zero and logs:
-            self._write(state, logs)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._write(state, {"max_steps": state.max_steps})
-
-    def _write(self, state: Any, logs: dict[str, float]) -> None:
-        line = {"step": state.global_step, "epoch": state.epoch, "time": round(time.time(), 3), **logs}
+    def write_line(self, line: dict[str, Any]) -> None:
+        """Adds a line."""
         with open(self._path, "a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begins the log, or takes out what a killed run wrote after the checkpoint that is gone on from."""
+        if not state.is_world_process_zero:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        before = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
+        first = json.dumps({**_moment(state), "max_steps": state.max_steps})
+        draft = self._path.with_name(f".{self._path.name}.partial")
+        kept = [line for line in before if _is_before(line, state)]
+        draft.write_text("".join(f"{line}\n" for line in [first, *kept]), encoding="utf-8")
+        os.replace(draft, self._path)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero and logs:
+            self.write_line({**_moment(state), **logs})
+
+
+def _moment(state: Any) -> dict[str, Any]:
+    return {"step": state.global_step, "epoch": state.epoch, "time": round(time.time(), 3)}
+
+
+def _is_before(line: str, state: Any) -> bool:
+    """Whether a line of the log is of a step that is done; one that was cut off by a kill is of none."""
+    try:
+        entry = json.loads(line)
+        return entry["step"] <= state.global_step > 0 and not {"train_runtime", "max_steps"} & set(entry)
+    except (ValueError, KeyError, TypeError):
+        return False

@@ -5,7 +5,7 @@ Shapes: B rows, S positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,10 +19,13 @@ from trl import SFTConfig, SFTTrainer
 from lora_ft.data.collate import Collator
 from lora_ft.errors import Fault, UserError, raise_faults
 from lora_ft.recipe import EARLY_STOPPING, check_buildable
+from lora_ft.sections import GuardsSection
 from lora_ft.training.attention import document_attention, keeps_documents_apart
+from lora_ft.training.guards import LossNotes
+from lora_ft.training.lasting import LastingTrainer
 from lora_ft.training.lora_linear import fused_lora
 from lora_ft.training.loss import TokenScores, add_scoring
-from lora_ft.training.meter import TokenMeter, sum_rows
+from lora_ft.training.meter import sum_rows
 from lora_ft.training.optimizer import create_loraplus
 from lora_ft.training.progress import LogFile, Progress
 from lora_ft.training.rows import RowJoiner, find_tokens
@@ -33,7 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class LoraTrainer(SFTTrainer):
+class LoraTrainer(LastingTrainer, SFTTrainer):
     """`trl.SFTTrainer` with a loss of its own: only supervised tokens meet the head, documents attend apart, and every
     figure is a mean over tokens. Unlike its parent it leaves the adapter of a quantised base in float32, writes no
     model card into every checkpoint, and reports no run to its makers.
@@ -50,7 +53,6 @@ class LoraTrainer(SFTTrainer):
         model: PeftModel = kwargs["model"]
         raise_faults(_need_all_logits(kwargs["args"]))
         self._loraplus_ratio, self._with_entropy = loraplus_ratio, with_entropy
-        self._meters = {True: TokenMeter(), False: TokenMeter()}
         trained = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
         with _hidden_head(model):
             super().__init__(*args, **kwargs)
@@ -119,6 +121,8 @@ class LoraTrainer(SFTTrainer):
             figures = self._meters[True].read(self.accelerator.reduce)
             logs.update({name: value for name, value in figures.items() if name != "loss"})
             logs["num_tokens"] = self._count_tokens()
+        if "train_loss" in logs:  # the parent divides by the steps since a resume
+            logs["train_loss"] = self._total_loss_scalar / max(1, self.state.global_step)
         super(SFTTrainer, self).log(logs, start_time)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -130,6 +134,14 @@ class LoraTrainer(SFTTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._count_tokens()  # the state that is saved knows them, and a resumed run counts on
         super()._save_checkpoint(model, trial)
+
+    def _mark_step(self) -> None:
+        super()._mark_step()
+        self._tokens_before = self._new_tokens
+
+    def _reset_step(self) -> None:
+        super()._reset_step()
+        self._new_tokens = self._tokens_before
 
     def _join_rows(self, model: Any) -> None:
         """Batches of rows one after the other without padding, where the model can attend to each apart."""
@@ -216,15 +228,22 @@ def build_trainer(
     arguments: SFTConfig,
     *,
     loraplus_ratio: float | None = None,
+    patience: int | None = None,
+    guards: GuardsSection | None = None,
+    name_row: Callable[[int], str] | None = None,
     quiet: bool = False,
 ) -> LoraTrainer:
     """A trainer over tokenised rows (`input_ids`, `labels`), which validates on the others, if there are any.
+
+    After `patience` evaluations without a better one training ends; `name_row` says where the training row of a number
+    stands, for messages about it.
 
     Raises:
         UserError: nothing to train on, or TRL refuses the combination.
     """
     if len(train_rows) == 0:
         raise UserError("data.sources", None, "No row is left for training.", "Lower data.split, or add rows.")
+    log = LogFile(Path(arguments.output_dir) / "log.jsonl")
     options = {
         "model": model,
         "args": arguments,
@@ -232,8 +251,11 @@ def build_trainer(
         "eval_dataset": validation_rows if validation_rows is not None and len(validation_rows) else None,
         "processing_class": tokenizer,
         "data_collator": Collator(tokenizer.pad_token_id),
-        "callbacks": [LogFile(Path(arguments.output_dir) / "log.jsonl"), *([] if quiet else [Progress()])],
+        "callbacks": [log, LossNotes(log.write_line), *([] if quiet else [Progress()])],
         "loraplus_ratio": loraplus_ratio,
+        "patience": patience,
+        "guards": guards,
+        "name_row": name_row,
     }
     try:
         trainer = LoraTrainer(**options)

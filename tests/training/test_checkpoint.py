@@ -1,133 +1,102 @@
-"""A run's folder belongs to one run; nothing is written before that is sure."""
+"""A checkpoint is whole or invisible, and every damage is seen."""
 
-import json
 import os
-import shutil
-from collections import namedtuple
 
 import pytest
 
 from lora_ft.errors import UserError
-from lora_ft.recipe import load_recipe
 from lora_ft.training.checkpoint import (
-    check_run_folder,
-    check_space,
-    claim_run_folder,
-    read_manifest,
-    remove_run,
-    write_manifest,
+    draft_checkpoint,
+    find_damage,
+    find_intact,
+    list_checkpoints,
+    rotate_checkpoints,
+    seal_checkpoint,
 )
 
 
-@pytest.fixture
-def recipe(recipe_file):
-    return load_recipe(recipe_file())
+def save(run, step):
+    draft = draft_checkpoint(run, step)
+    (draft / "adapter_model.safetensors").write_bytes(b"weights" * 100 + bytes([step]))
+    (draft / "optimizer.pt").write_bytes(b"moments" * 100)
+    (draft / "global_step").mkdir()
+    (draft / "global_step" / "rank_1.pt").write_bytes(b"shard")
+    return seal_checkpoint(draft, weights_only=False)
 
 
-def open_folder(recipe, fresh=False, base="base", data="data"):
-    return check_run_folder(recipe, base, data, fresh)
+def test_draft_is_no_checkpoint(tmp_path):
+    draft_checkpoint(tmp_path, 5)
+    assert list_checkpoints(tmp_path) == [] and find_intact(tmp_path) is None
+    folder = save(tmp_path, 5)
+    assert folder == tmp_path / "checkpoint-5" and find_damage(folder) is None
+    assert find_intact(tmp_path) == folder
 
 
-def test_new_folder_is_not_touched_by_the_check(recipe):
-    run = open_folder(recipe)
-    assert run.resume_from is None and not recipe.output_dir.exists()
+def test_newest_is_newest_by_number(tmp_path):
+    for step in (9, 100, 20):
+        save(tmp_path, step)
+    (tmp_path / "checkpoint-best").mkdir()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-100", "checkpoint-20", "checkpoint-9"]
 
 
-def test_unfinished_run_goes_on_from_its_newest_whole_checkpoint(recipe):
-    claim_run_folder(open_folder(recipe), recipe, {}, fresh=False)
-    assert open_folder(recipe).resume_from is None
-    for step, whole in {5: True, 10: True, 15: False}.items():
-        folder = recipe.output_dir / f"checkpoint-{step}"
-        folder.mkdir()
-        if whole:
-            (folder / "trainer_state.json").write_text("{}")
-    assert open_folder(recipe).resume_from == recipe.output_dir / "checkpoint-10"
+def every_damage(folder):
+    """Each file of a checkpoint, and what can happen to it."""
+    for name in ("adapter_model.safetensors", "optimizer.pt", "global_step/rank_1.pt", "checkpoint.json"):
+        yield name, "delete", None
+        yield name, "truncate", 1
+        for place in range((folder / name).stat().st_size):
+            yield name, "flip", place
 
 
-def test_finished_run_is_refused_unless_fresh(recipe):
-    run = open_folder(recipe)
-    claim_run_folder(run, recipe, {}, fresh=False)
-    (recipe.output_dir / "adapter").mkdir()
-    (recipe.output_dir / "mine.txt").write_text("keep")
-    manifest = write_manifest(run, "finished", {})
-    assert set(manifest["files"]) == {"recipe.yaml", "mine.txt"}
-    with pytest.raises(UserError, match="holds this very run, finished"):
-        open_folder(recipe)
-    claim_run_folder(open_folder(recipe, fresh=True), recipe, {}, fresh=True)
-    assert not (recipe.output_dir / "adapter").exists()
-    assert (recipe.output_dir / "mine.txt").read_text() == "keep", "only what runs write is removed"
+def test_every_damage_is_seen(tmp_path):
+    """Failure mode 34: each file deleted, cut, and with one bit of each byte turned."""
+    folder = save(tmp_path, 5)
+    cases = list(every_damage(folder))
+    for name, kind, place in cases:
+        path = folder / name
+        whole = path.read_bytes()
+        if kind == "delete":
+            path.unlink()
+        elif kind == "truncate":
+            path.write_bytes(whole[:-place])
+        else:
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << place % 8)]) + whole[place + 1 :])
+        assert find_damage(folder) is not None, (name, kind, place)
+        path.write_bytes(whole)
+    assert len(cases) > 1500 and find_damage(folder) is None
+    os.rename(folder, tmp_path / "checkpoint-6")
+    assert find_damage(tmp_path / "checkpoint-6") is not None, "under another step's name"
+
+
+def test_damaged_one_is_passed_over_aloud(tmp_path, capsys):
+    for step in (5, 10, 15):
+        save(tmp_path, step)
+    (tmp_path / "checkpoint-15" / "optimizer.pt").unlink()
+    (tmp_path / "checkpoint-10" / "checkpoint.json").write_text("[]")
+    assert find_intact(tmp_path) == tmp_path / "checkpoint-5"
+    said = capsys.readouterr().err
+    assert "checkpoint-15 is passed over: optimizer.pt is missing; going back to checkpoint-5" in said
+    assert "checkpoint-10 is passed over: checkpoint.json is not as it was written" in said
+    (tmp_path / "checkpoint-5" / "optimizer.pt").write_bytes(b"")
+    with pytest.raises(UserError, match="No checkpoint of this run is intact"):
+        find_intact(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("section", "expected"),
+    ("limit", "best", "left"),
     [
-        ({"training": {"learning_rate": 1e-3}}, "training.learning_rate: 0.001\n  The run in "),
-        ({"lora": {"r": 8}}, "lora.r: 8\n  The run in "),
-        ({"quantization": {"load_in_4bit": True}}, "made with another quantization"),
-        ({"model": {"dtype": "bfloat16"}}, "made with another dtype"),
+        (None, 5, [20, 15, 10, 5]),
+        (2, None, [20, 15]),
+        (2, 5, [20, 5]),
+        (1, 5, [20, 5]),
+        (1, 20, [20]),
+        (3, 5, [20, 15, 5]),
     ],
 )
-def test_another_run_is_refused_with_the_difference(recipe, recipe_file, section, expected):
-    claim_run_folder(open_folder(recipe), recipe, {}, fresh=False)
-    with pytest.raises(UserError) as caught:
-        open_folder(load_recipe(recipe_file(**section)))
-    assert expected in str(caught.value)
-
-
-@pytest.mark.parametrize("other", [{"base": "another"}, {"data": "another"}])
-def test_another_base_or_data_is_refused(recipe, other):
-    claim_run_folder(open_folder(recipe), recipe, {}, fresh=False)
-    with pytest.raises(UserError, match=f"made with another {next(iter(other))}"):
-        open_folder(recipe, **other)
-
-
-def test_harmless_settings_may_change(recipe, recipe_file):
-    claim_run_folder(open_folder(recipe), recipe, {}, fresh=False)
-    open_folder(load_recipe(recipe_file(training={"logging_steps": 7, "save_total_limit": 1})))
-
-
-def test_folder_of_somebody_else(recipe):
-    recipe.output_dir.mkdir()
-    (recipe.output_dir / "thesis.tex").write_text("x")
-    with pytest.raises(UserError, match="files that are no run's"):
-        open_folder(recipe)
-    with pytest.raises(UserError, match="files that are no run's"):
-        open_folder(recipe, fresh=True)
-    remove_run(recipe.output_dir)
-    assert (recipe.output_dir / "thesis.tex").exists()
-
-
-def test_damaged_manifest(recipe):
-    recipe.output_dir.mkdir()
-    (recipe.output_dir / "run.json").write_text("{")
-    with pytest.raises(UserError, match="This is not JSON"):
-        open_folder(recipe)
-    assert open_folder(recipe, fresh=True).resume_from is None
-    (recipe.output_dir / "run.json").write_text(json.dumps({"some": "thing"}))
-    assert read_manifest(recipe.output_dir) is None
-
-
-def test_output_dir_that_is_a_file(recipe):
-    recipe.output_dir.write_text("x")
-    with pytest.raises(UserError, match="This is a file"):
-        open_folder(recipe)
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_output_dir_that_cannot_be_written(recipe, tmp_path):
-    tmp_path.chmod(0o500)
-    try:
-        with pytest.raises(UserError, match="cannot be written to"):
-            open_folder(recipe)
-    finally:
-        tmp_path.chmod(0o700)
-
-
-def test_no_space(recipe, monkeypatch):
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 10**6, 10**6))
-    run = open_folder(recipe)
-    check_space(run, recipe, trainable_parameters=1000, base_bytes=0)
-    with pytest.raises(UserError, match=r"writes about 0\.10 GB there, and 0\.00 GB are free"):
-        check_space(run, recipe, trainable_parameters=2_500_000, base_bytes=0)
-    assert not recipe.output_dir.exists()
+def test_rotation_keeps_the_newest_and_the_best(tmp_path, limit, best, left):
+    """Failure mode 38; times of files, which a copy changes, do not matter."""
+    for step in (20, 5, 15, 10):
+        save(tmp_path, step)
+    rotate_checkpoints(tmp_path, limit, best)
+    assert [path.name for path in list_checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in left]
+    assert not list(tmp_path.glob(".checkpoint*"))

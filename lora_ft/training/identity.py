@@ -1,0 +1,128 @@
+"""What makes a run this run and no other: what decides its adapter, and what may change while it is interrupted."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lora_ft.errors import Fault
+from lora_ft.fingerprint import hash_tensors
+from lora_ft.sections import Recipe
+
+HARMLESS = {
+    "dataloader_num_workers",
+    "dataloader_persistent_workers",
+    "dataloader_pin_memory",
+    "dataloader_prefetch_factor",
+    "disable_tqdm",
+    "include_num_input_tokens_seen",
+    "log_level",
+    "log_level_replica",
+    "log_on_each_node",
+    "logging_dir",
+    "logging_first_step",
+    "logging_steps",
+    "logging_strategy",
+    "project",
+    "report_to",
+    "run_name",
+    "save_only_model",
+    "save_steps",
+    "save_strategy",
+    "save_total_limit",
+    "skip_memory_metrics",
+    "trackio_space_id",
+}
+"""Training settings that change nothing about the adapter."""
+
+EXTENT = ("num_train_epochs", "max_steps")
+"""Training settings that say how long a run is; it may become longer."""
+
+TWO_WAYS = "Go on as it was, or give --fresh to start over, or --warm-start to begin a new run with its weights."
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A run, as far as another one could be mistaken for it."""
+
+    decisive: dict[str, Any]
+    """What the adapter follows from, section by section."""
+    extent: dict[str, Any]
+    """How long training is."""
+    harmless: dict[str, Any]
+    """What may change at any time."""
+
+    def starting_from(self, weights: str) -> Identity:
+        """The same, with weights of that hash to begin with."""
+        return replace(self, decisive={**self.decisive, "warm_start": weights})
+
+
+def identify_run(
+    recipe: Recipe, base_fingerprint: str, data_fingerprint: str, processes: int, strategy: str
+) -> Identity:
+    """The identity of the run of a settled recipe."""
+    elsewhere = HARMLESS.union(EXTENT)
+    return Identity(
+        decisive=_as_json(
+            {
+                "base": base_fingerprint,
+                "dtype": recipe.model.dtype,
+                "adapter": _hash_adapter(recipe.model.adapter),
+                "quantization": recipe.quantization,
+                "lora": recipe.lora,
+                "data": data_fingerprint,
+                "training": {key: value for key, value in recipe.training.items() if key not in elsewhere},
+                "launch": {"processes": processes, "strategy": strategy},
+            }
+        ),
+        extent={key: recipe.training[key] for key in EXTENT if key in recipe.training},
+        harmless=_as_json(
+            {
+                **{key: value for key, value in recipe.training.items() if key in HARMLESS},
+                **{f"guards.{key}": value for key, value in dataclasses.asdict(recipe.guards).items()},
+            }
+        ),
+    )
+
+
+def find_differences(path: Path, old: Identity, new: Identity) -> Iterator[Fault]:
+    """One fault for each setting in which the run that lies in `path` differs from the one asked for."""
+    for section in new.decisive:
+        before, after = old.decisive.get(section), new.decisive[section]
+        if isinstance(before, dict) and isinstance(after, dict):
+            for key in sorted({*before, *after}):
+                if before.get(key) != after.get(key):
+                    rule = f"The run in {path} has {before.get(key)}."
+                    yield Fault(f"{section}.{key}", after.get(key), rule, TWO_WAYS)
+        elif before != after:
+            shown = None if section in {"base", "data", "adapter"} else after
+            yield Fault(section, shown, f"The run in {path} was made with another {section}.", TWO_WAYS)
+    for key in sorted({*old.extent, *new.extent}):
+        before, after = old.extent.get(key), new.extent.get(key)
+        if before != after and not (before and after and 0 < before < after):
+            rule = f"The run in {path} has {before}, and can only become longer."
+            yield Fault(f"training.{key}", after, rule, TWO_WAYS)
+
+
+def describe_changes(old: Identity, new: Identity) -> Iterator[str]:
+    """A line for each setting that has changed and may: `training.save_steps: 5 → 10`."""
+    for before, after in ((old.extent, new.extent), (old.harmless, new.harmless)):
+        for key in sorted({*before, *after}):
+            if before.get(key) != after.get(key):
+                name = key if "." in key else f"training.{key}"
+                yield f"{name}: {before.get(key)} → {after.get(key)}"
+
+
+def _hash_adapter(folder: str | None) -> str | None:
+    """Hash of the weights of an adapter that goes on training; they may have been replaced under the same name."""
+    weights = Path(folder or "") / "adapter_model.safetensors"
+    return hash_tensors(weights) if folder is not None and weights.is_file() else folder
+
+
+def _as_json(value: dict[str, Any]) -> dict[str, Any]:
+    """The value as a manifest gives it back, so that both can be compared."""
+    return json.loads(json.dumps(value, default=str))

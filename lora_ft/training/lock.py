@@ -1,0 +1,62 @@
+"""One writer for a run's folder. The operating system keeps the lock, so it ends with the process."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from lora_ft.errors import UserError
+
+LOCK = ".lock"
+"""Name of the file in a run's folder; it says who holds it."""
+
+
+@contextmanager
+def run_lock(run: Path) -> Iterator[None]:
+    """The run's folder for this process alone.
+
+    Raises:
+        UserError: another process has it; names that process.
+    """
+    lock = FileLock(run / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError("output_dir", str(run), f"{_holder(run)} is writing there.", "Wait for it to end.") from None
+    try:
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        (run / LOCK).write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))
+        yield
+    finally:
+        lock.release()
+
+
+def refuse_if_locked(run: Path) -> None:
+    """Nothing, if no other process writes to the folder; of several ranks, only the first one looks, as it will write.
+
+    Raises:
+        UserError: one does.
+    """
+    if not (run / LOCK).exists() or os.environ.get("RANK", "0") != "0":
+        return
+    lock = FileLock(run / LOCK, timeout=0)
+    try:
+        lock.acquire()
+        lock.release()
+    except Timeout:
+        raise UserError("output_dir", str(run), f"{_holder(run)} is writing there.", "Wait for it to end.") from None
+
+
+def _holder(run: Path) -> str:
+    try:
+        holder = json.loads((run / LOCK).read_text())
+        return f"Process {holder['pid']} on {holder['host']}, begun {holder['since']},"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "Another process"

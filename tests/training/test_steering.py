@@ -1,0 +1,49 @@
+"""What steers training is known before its first step."""
+
+import pytest
+
+from lora_ft.errors import UserError
+from lora_ft.recipe import load_recipe
+from lora_ft.training.guards import describe_loss
+from lora_ft.training.steering import check_steering, is_out_of_patience
+
+
+@pytest.mark.parametrize(
+    ("sections", "place"),
+    [
+        (
+            {"training": {"metric_for_best_model": "acuracy", "eval_strategy": "epoch"}},
+            "metric_for_best_model: acuracy",
+        ),
+        ({"training": {"load_best_model_at_end": True}}, "training.load_best_model_at_end: True"),
+        ({"training": {"metric_for_best_model": "loss"}}, "needs evaluations during training"),
+        ({"training": {"eval_strategy": "epoch", "early_stopping_patience": 2}}, "training.early_stopping_patience: 2"),
+    ],
+)
+def test_what_is_not_measured_is_refused(recipe_file, sections, place):
+    """Failure mode 21."""
+    with pytest.raises(UserError) as caught:
+        check_steering(load_recipe(recipe_file(**sections)))
+    assert place in str(caught.value)
+
+
+@pytest.mark.parametrize("metric", ["loss", "eval_loss", "mean_token_accuracy"])
+def test_what_is_measured_may_steer(recipe_file, metric):
+    training = {"metric_for_best_model": metric, "eval_strategy": "epoch", "early_stopping_patience": 2}
+    check_steering(load_recipe(recipe_file(training=training)))
+
+
+@pytest.mark.parametrize(("values", "over"), [([], 0), ([3, 2, 1], 0), ([1, 2], 0), ([1, 2, 3], 1), ([2, 1, 1, 1], 1)])
+def test_patience(values, over):
+    history = [{"eval_loss": value, "step": step} for step, value in enumerate(values)] + [{"loss": 9.0}]
+    assert is_out_of_patience(history, "loss", False, 2) is bool(over)
+    upward = [{"eval_mean_token_accuracy": -value} for value in values]
+    assert is_out_of_patience(upward, "mean_token_accuracy", True, 2) is bool(over)
+
+
+def test_loss_that_jumps_and_loss_that_stays():
+    assert describe_loss([2.0 - step / 50 for step in range(50)]) is None
+    assert describe_loss([1.0, 1.1] * 6 + [3.0]).startswith("the loss jumped to 3.000; it was 1.050")
+    assert describe_loss([1.0, 1.1] * 3 + [3.0]) is None, "too early to say"
+    assert describe_loss([1.0] * 50).startswith("the loss has not fallen for 50 logged values")
+    assert describe_loss([1.0] * 51) is None, "said once"
