@@ -185,6 +185,7 @@ def kill_runs(folder: Path, options: argparse.Namespace, findings: Findings) -> 
     """Runs that are killed until they are finished, against one that was not."""
     draw, until = random.Random(options.seed), time.monotonic() + options.minutes * 60
     expected, duration = undisturbed(folder, options)
+    findings.counts["milliseconds of an undisturbed run"] = round(duration * 1000)
     number = 0
     while findings.counts["kills"] < options.kills and time.monotonic() < until and not findings.faults:
         number += 1

@@ -178,3 +178,24 @@ def test_two_commands_on_one_folder(recipe_file, tmp_path):
     assert second.returncode == 2 and f"Process {first.pid} on" in err, err
     first.kill()
     first.communicate()
+
+
+def test_warm_start_takes_weights_along(recipe_file, tmp_path):
+    """Another learning rate is refused with both ways on; with --warm-start a new run begins with the old weights."""
+    path, run = recipe_file(training={"max_steps": 2}, data=NO_TEST, evaluation={"generate": 0}), tmp_path / "run"
+    assert start(path).wait(timeout=100) == 0
+    trained = hash_tensors(run / "adapter" / "adapter_model.safetensors")
+    other = "training.learning_rate=1e-4"
+    refused = start(path, other)
+    _, err = refused.communicate(timeout=60)
+    assert refused.returncode == 2 and "--fresh" in err and "--warm-start" in err
+    unfit = start(path, "lora.r=8", "--warm-start")
+    _, err = unfit.communicate(timeout=60)
+    assert unfit.returncode == 2 and "These weights do not fit this adapter" in err
+    assert hash_tensors(run / "adapter" / "adapter_model.safetensors") == trained, "a refusal removes nothing"
+    warm = start(path, other, "--warm-start")
+    _, err = warm.communicate(timeout=100)
+    assert warm.returncode == 0 and "starting from the weights in" in err, err
+    manifest = json.loads((run / "run.json").read_text())
+    assert manifest["identity"]["decisive"]["warm_start"] == trained != finished_hash(run)
+    assert hash_tensors(run / "warm_start" / "adapter_model.safetensors") == trained

@@ -41,6 +41,7 @@ def seal_checkpoint(draft: Path, *, weights_only: bool) -> Path:
     (draft / SEAL).write_bytes(_render_seal(content))
     target = draft.parent.parent / draft.name
     publish_folder(draft, target)
+    draft.parent.rmdir()
     return target
 
 
@@ -84,7 +85,7 @@ def find_intact(run: Path) -> Path | None:
     for checkpoint in list_checkpoints(run):
         damage = find_damage(checkpoint)
         if damage is None:
-            for line in damaged:
+            for line in damaged if os.environ.get("RANK", "0") == "0" else ():
                 print(f"{line}; going back to {checkpoint.name}", file=sys.stderr)
             return checkpoint
         damaged.append(f"{checkpoint} is passed over: {damage}")

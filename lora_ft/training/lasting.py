@@ -191,6 +191,8 @@ class LastingTrainer(Trainer):
             # after the last step a signal would be forgotten; on one process, asking costs nothing
             (self._is_stopping,) = self._agree(self._stop.signal is not None)
         if self._is_stopping:
+            if self.args.save_only_model:  # what is gone on from needs the rest too
+                self.args.save_only_model, self._saved_step = False, -1
             self._save_checkpoint(args[2] if len(args) > 2 else kwargs["model"], None)
             raise self._interrupted()
 

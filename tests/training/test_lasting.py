@@ -18,7 +18,7 @@ from lora_ft.fingerprint import hash_tensors
 from lora_ft.model.adapter import attach_adapter
 from lora_ft.model.load import find_base, load_base, load_tokenizer
 from lora_ft.sections import GuardsSection, ModelSection
-from lora_ft.training.checkpoint import find_damage, find_intact, list_checkpoints
+from lora_ft.training.checkpoint import find_damage, find_intact, is_weights_only, list_checkpoints
 from lora_ft.training.trainer import build_arguments, build_trainer
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "lora_dropout": 0.1}
@@ -182,6 +182,14 @@ def test_checkpoint_holds_everything_and_no_pickle_of_settings(build, tmp_path):
     assert {"adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"} <= names
     assert "training_args.bin" not in names
     assert find_damage(folder) is None
+
+
+def test_stop_saves_everything_where_only_weights_are_saved(build, tmp_path):
+    stopped = build("run", At(4, stop_by(signal.SIGTERM)), save_only_model=True)
+    with pytest.raises(Interrupted):
+        stopped.train()
+    folder = find_intact(tmp_path / "run")
+    assert folder.name == "checkpoint-4" and not is_weights_only(folder) and (folder / "optimizer.pt").exists()
 
 
 def test_best_checkpoint_is_the_exported_one(build, tmp_path):
