@@ -32,7 +32,7 @@ from lora_ft.training.watchdog import Watchdog
 
 
 class LastingTrainer(Trainer):
-    """`transformers.Trainer`, or a trainer on it, whose checkpoints are whole or invisible, whose resumed runs repeat the
+    """`transformers.Trainer`, or one on it, whose checkpoints are whole or invisible, whose resumed runs repeat the
     uninterrupted one to the last bit (where arithmetic does), and which stops at signals and at numbers that are none.
 
     Saving is the parent's own, sent to a folder where nobody looks; see `checkpoint`.
