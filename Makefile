@@ -9,6 +9,9 @@ quickstart: $(VENV)/.installed
 test: $(VENV)/.installed-for-tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+test-slow: $(VENV)/.installed-for-tests
+	$(BIN)/python -m pytest -m slow
+
 lint: $(VENV)/.installed-for-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -26,4 +29,4 @@ $(VENV)/.installed: pyproject.toml
 clean:
 	rm -rf $(VENV) runs build dist
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test test-slow lint clean

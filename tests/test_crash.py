@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
     ("options", "expected"),
     [
         (["--kills", "6", "--steps", "6"], {"kills": 6}),
-        (["--kills", "4", "--steps", "2", "--merge"], {"kills": 4}),
+        pytest.param(["--kills", "4", "--steps", "2", "--merge"], {"kills": 4}, marks=pytest.mark.slow),
         (["--damage", "--steps", "2"], {"damages": 60, "files": 10}),
     ],
     ids=["runs", "merges", "damages"],

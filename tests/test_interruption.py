@@ -23,7 +23,7 @@ NO_TEST = {"split": {"validation": 0.1, "test": 0.0}}
 NEEDS_DEEPSPEED = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None or shutil.which("g++") is None, reason="needs deepspeed and g++"
 )
-TWO_RANKS = [pytest.param("cpu_ddp"), pytest.param("cpu_zero2", marks=NEEDS_DEEPSPEED)]
+TWO_RANKS = [pytest.param("cpu_ddp"), pytest.param("cpu_zero2", marks=[NEEDS_DEEPSPEED, pytest.mark.slow])]
 
 
 def start(*words, config=None):
@@ -180,6 +180,7 @@ def test_two_commands_on_one_folder(recipe_file, tmp_path):
     first.communicate()
 
 
+@pytest.mark.slow
 def test_warm_start_takes_weights_along(recipe_file, tmp_path):
     """Another learning rate is refused with both ways on; with --warm-start a new run begins with the old weights."""
     path, run = recipe_file(training={"max_steps": 2}, data=NO_TEST, evaluation={"generate": 0}), tmp_path / "run"

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,13 +100,18 @@ def is_weights_only(checkpoint: Path) -> bool:
     return bool(json.loads((checkpoint / SEAL).read_bytes())["weights_only"])
 
 
-def rotate_checkpoints(run: Path, limit: int | None, best_step: int | None) -> None:
-    """Deletes the oldest checkpoints until `limit` are left; the newest and the best always stay."""
+def rotate_checkpoints(run: Path, limit: int | None, best_steps: Sequence[int] = ()) -> None:
+    """Deletes checkpoints beyond `limit`: the best ones stay before the others, the newest stays in any case.
+
+    `best_steps` are evaluated steps, the best first; without any, the newest `limit` stay.
+    """
     checkpoints = list_checkpoints(run)
-    kept = [path for path in checkpoints if path is checkpoints[0] or path.name == f"{PREFIX}{best_step}"]
-    for path in checkpoints:
-        if path not in kept and (limit is None or limit <= 0 or len(kept) < limit):
-            kept.append(path)
+    if not limit or limit < 0 or len(checkpoints) <= 1:
+        return
+    named = {path.name: path for path in checkpoints}
+    best = [named[name] for step in best_steps if (name := f"{PREFIX}{step}") in named][:limit]
+    kept = list(dict.fromkeys([checkpoints[0], *best]))
+    kept += [path for path in checkpoints if path not in kept][: max(0, limit - len(kept))]
     for path in checkpoints:
         if path not in kept:
             remove_checkpoint(path)

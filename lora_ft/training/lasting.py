@@ -26,7 +26,7 @@ from lora_ft.training.checkpoint import (
 )
 from lora_ft.training.guards import FiniteGuard, non_finite, refuse_nan_metrics
 from lora_ft.training.meter import TokenMeter, wide_float
-from lora_ft.training.steering import is_out_of_patience
+from lora_ft.training.steering import is_out_of_patience, rank_steps
 from lora_ft.training.stopping import StopRequest
 from lora_ft.training.watchdog import Watchdog
 
@@ -245,8 +245,15 @@ class LastingTrainer(Trainer):
             (draft / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle that nobody needs
             self.state.save_to_json(str(draft / TRAINER_STATE_NAME))
             seal_checkpoint(draft, weights_only=self.args.save_only_model)
-            rotate_checkpoints(run, self.args.save_total_limit, best)
+            rotate_checkpoints(run, self.args.save_total_limit, self._best_steps())
         self.accelerator.wait_for_everyone()
+
+    def _best_steps(self) -> list[int]:
+        """Evaluated steps, the best first; none where no metric says which is better."""
+        metric = self.args.metric_for_best_model
+        if metric is None:
+            return []
+        return rank_steps(self.state.log_history, metric, bool(self.args.greater_is_better))
 
     def _init_training_state(self, *args: Any) -> Any:
         """The parent's state, with this recipe's intervals, and the best checkpoint where it lies now."""

@@ -51,3 +51,10 @@ def is_out_of_patience(history: Sequence[Mapping[str, Any]], metric: str, greate
     name = f"eval_{metric.removeprefix('eval_')}"
     values = [entry[name] if greater else -entry[name] for entry in history if name in entry]
     return bool(values) and len(values) - 1 - values.index(max(values)) >= patience
+
+
+def rank_steps(history: Sequence[Mapping[str, Any]], metric: str, greater: bool) -> list[int]:
+    """The steps that a trainer's log has evaluations of, the best first; of equals, the earlier one."""
+    name = f"eval_{metric.removeprefix('eval_')}"
+    values = {int(entry["step"]): entry[name] for entry in history if name in entry}
+    return sorted(values, key=lambda step: -values[step] if greater else values[step])

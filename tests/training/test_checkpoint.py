@@ -85,12 +85,14 @@ def test_damaged_one_is_passed_over_aloud(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("limit", "best", "left"),
     [
-        (None, 5, [20, 15, 10, 5]),
-        (2, None, [20, 15]),
-        (2, 5, [20, 5]),
-        (1, 5, [20, 5]),
-        (1, 20, [20]),
-        (3, 5, [20, 15, 5]),
+        (None, [5], [20, 15, 10, 5]),
+        (2, [], [20, 15]),
+        (2, [5], [20, 5]),
+        (1, [5, 10], [20, 5]),
+        (1, [20], [20]),
+        (3, [5], [20, 15, 5]),
+        (2, [5, 10, 15, 20], [20, 10, 5]),
+        (2, [7, 15, 5, 10], [20, 15, 5]),
     ],
 )
 def test_rotation_keeps_the_newest_and_the_best(tmp_path, limit, best, left):
