@@ -194,6 +194,8 @@ def check_recipe(recipe: Recipe, machine: Machine, launch: Launch) -> tuple[Reci
     """
     tokenizer = find_tokenizer(recipe)
     splits, audit = check_data(recipe.data, tokenizer)
+    recipe = settle_validation(recipe, len(splits.validation))
+    check_steering(recipe)
     prepare_general(recipe.evaluation, recipe.data, tokenizer)
     folder = find_config(recipe.model.base, recipe.model.revision, recipe.model.trust_remote_code)
     planned = plan_memory(recipe, folder, describe_hardware(machine, launch), splits.longest_row)

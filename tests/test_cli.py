@@ -125,3 +125,10 @@ def test_check_counts_memory_and_takes_the_largest_batch_that_fits(recipe_file, 
     said = json.loads(capsys.readouterr().out)
     assert said["memory"]["fits"] and said["memory"]["peak_bytes"] > 0
     assert {"key": "training.per_device_train_batch_size", "value": 16}.items() <= said["choices"][-3].items()
+
+
+def test_check_refuses_a_metric_that_nothing_measures(recipe_file, capsys):
+    """Failure mode 21: found before training, by `check` as by `train`."""
+    steered = {"eval_strategy": "epoch", "load_best_model_at_end": True, "metric_for_best_model": "bleu"}
+    assert main(["check", str(recipe_file(training=steered))]) == 2
+    assert "training.metric_for_best_model: bleu" in capsys.readouterr().err
