@@ -16,7 +16,6 @@ from typing import Any
 
 from lora_ft.errors import Interrupted, UserError
 
-INTERRUPTED = 130
 ONTO = "onto the base's own weights, or onto what 4 bit made of them in training"
 
 
@@ -33,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _report_error(error, options)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return Interrupted.exit_code
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise

@@ -209,6 +209,15 @@ def publish_folder(draft: Path, target: Path) -> None:
     sync_path(target.parent)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """A text file that is either as it was or as it shall be, whenever the power goes."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    draft.write_text(text, encoding="utf-8")
+    sync_path(draft)
+    os.replace(draft, path)
+    sync_path(path.parent)
+
+
 def sync_folder(folder: Path) -> None:
     """Every file and folder below `folder` forced to disk."""
     for path in [*folder.rglob("*"), folder]:

@@ -51,6 +51,12 @@ OUR_FIELDS: dict[str, dict[str, LibraryField]] = {
 }
 """Fields of the libraries' sections that are ours, or that take more than the library does."""
 
+
+def library_part(values: dict[str, Any] | None) -> dict[str, Any]:
+    """The keys of a `lora` or `training` section that are the library's own."""
+    return {key: value for key, value in (values or {}).items() if key not in (LORAPLUS, EARLY_STOPPING)}
+
+
 OWNED_ELSEWHERE: dict[str, dict[str, str]] = {
     "quantization": {},
     "lora": {

@@ -93,10 +93,8 @@ def run_recipe(
     tokenizer = load_tokenizer(base.folder, recipe.model, recipe.data.chat_template)
     splits = build_splits(recipe.data, tokenizer)
     prepare_general(recipe.evaluation, recipe.data, tokenizer)
-    recipe = settle_validation(recipe, len(splits.validation))
-    check_steering(recipe)
-    planned = plan_memory(recipe, base.folder, describe_hardware(machine, launch), splits.longest_row)
-    recipe = refuse_unfit(planned)
+    planned = fit_recipe(recipe, base.folder, splits, machine, launch)
+    recipe = planned.recipe
     run = check_run_folder(
         recipe,
         base.fingerprint,
@@ -192,15 +190,25 @@ def check_recipe(recipe: Recipe, machine: Machine, launch: Launch) -> tuple[Reci
     Raises:
         UserError: a step does not fit, or the data cannot be used.
     """
-    tokenizer = find_tokenizer(recipe)
+    quiet_libraries()
+    folder = find_config(recipe.model.base, recipe.model.revision, recipe.model.trust_remote_code)
+    tokenizer = load_tokenizer(folder, recipe.model, recipe.data.chat_template)
     splits, audit = check_data(recipe.data, tokenizer)
+    prepare_general(recipe.evaluation, recipe.data, tokenizer)
+    return fit_recipe(recipe, folder, splits, machine, launch), audit
+
+
+def fit_recipe(recipe: Recipe, base_folder: Path, splits: Splits, machine: Machine, launch: Launch) -> RecipePlan:
+    """The settled recipe as its data and the machine's memory allow it, with the plan of its largest step.
+
+    Raises:
+        UserError: it evaluates on rows that are not there, steers by what nothing measures, or a step does not fit.
+    """
     recipe = settle_validation(recipe, len(splits.validation))
     check_steering(recipe)
-    prepare_general(recipe.evaluation, recipe.data, tokenizer)
-    folder = find_config(recipe.model.base, recipe.model.revision, recipe.model.trust_remote_code)
-    planned = plan_memory(recipe, folder, describe_hardware(machine, launch), splits.longest_row)
+    planned = plan_memory(recipe, base_folder, describe_hardware(machine, launch), splits.longest_row)
     refuse_unfit(planned)
-    return planned, audit
+    return planned
 
 
 def prepare_trainer(

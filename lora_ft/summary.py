@@ -92,12 +92,9 @@ def print_classes(evaluation: dict[str, Any], console: Console) -> None:
 
 def print_plan(planned: RecipePlan) -> None:
     """The memory of a step by cause, and what would make it fit."""
-    console, plan = Console(highlight=False), planned.plan
-    recipe = planned.recipe.training
-    rows = recipe.get("per_device_train_batch_size", 8)
-    table = Table(
-        title=f"memory of a step, {rows} rows of {planned.recipe.data.max_length} tokens", title_justify="left"
-    )
+    console, plan, work = Console(highlight=False), planned.plan, planned.work
+    title = f"memory of a step, {work.batch_size} rows of up to {work.length} tokens"
+    table = Table(title=title, title_justify="left")
     table.add_column("cause")
     table.add_column("MiB", justify="right")
     table.add_column("")

@@ -28,7 +28,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from benchmarks.figure import Figure, Options
 
-TOPICS = ("start", "data", "loss", "attention", "plan", "merge", "train")
+TOPICS = ("start", "saving", "data", "loss", "attention", "plan", "merge", "train")
 """Rooms in `benchmarks/`, what takes least time first."""
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate", "datasets")
 

@@ -13,15 +13,14 @@ import numpy as np
 from lora_ft.data.collate import Collator, pad
 from lora_ft.data.render import IGNORE_INDEX
 from lora_ft.data.splits import Splits
-from lora_ft.evaluation.bootstrap import ratio
 from lora_ft.evaluation.compare import (
     Comparison,
     Prediction,
     batches,
-    compare_sums,
+    compare_tokens,
     evaluating,
-    perplexity,
     score_answers,
+    score_pair,
 )
 from lora_ft.sections import EvaluationSection, Recipe
 from lora_ft.training.labelled import answer_inputs, score_labels
@@ -39,18 +38,11 @@ def compare_answers(model: PeftModel, tokenizer: PreTrainedTokenizerBase, splits
     """
     if not len(splits.test):
         return Comparison({}, 0)
-    section, scores = recipe.evaluation, []
+    section = recipe.evaluation
     predictions = tuple(answer_rows(model, tokenizer, splits, section))
-    for adapter_on in (False, True):
-        with evaluating(model, adapter_on):
-            scores.append(score_rows(model, tokenizer, splits.test, section.batch_size))
-    pair = (scores[0], scores[1])
-    figures = {
-        "loss": compare_sums(pair, (0, 2), ratio, "nats", "lower"),
-        "perplexity": compare_sums(pair, (0, 2), perplexity, "number", "lower"),
-        "token_accuracy": compare_sums(pair, (1, 2), ratio, "share", "higher"),
-    }
-    return Comparison(figures | score_answers(predictions, section.metrics), int(scores[0][:, 2].sum()), predictions)
+    scores = score_pair(model, lambda: score_rows(model, tokenizer, splits.test, section.batch_size))
+    figures = compare_tokens(scores) | score_answers(predictions, section.metrics)
+    return Comparison(figures, int(scores[0][:, 2].sum()), predictions)
 
 
 def answer_rows(

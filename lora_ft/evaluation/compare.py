@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -99,18 +99,22 @@ def compare_models(
     if not len(rows):
         return Comparison({}, 0)
     predictions = tuple(answer_rows(model, tokenizer, examples, data, section))
-    scores = score_pair(model, tokenizer, rows, section.batch_size)
-    figures = {
+    scores = score_pair(model, lambda: score_rows(model, tokenizer, rows, section.batch_size))
+    forgotten = None
+    if general is not None and len(general):
+        general_scores = score_pair(model, lambda: score_rows(model, tokenizer, general, section.batch_size))
+        forgotten = compare_sums(general_scores, (0, 2), ratio, "nats", "lower")
+    figures = compare_tokens(scores) | score_answers(predictions, section.metrics)
+    return Comparison(figures, int(scores[0][:, 2].sum()), predictions, forgotten)
+
+
+def compare_tokens(scores: tuple[np.ndarray, np.ndarray]) -> dict[str, Figure]:
+    """The figures over tokens, of both models' rows [N, 3]: loss in nats, tokens that were the first choice, tokens."""
+    return {
         "loss": compare_sums(scores, (0, 2), ratio, "nats", "lower"),
         "perplexity": compare_sums(scores, (0, 2), perplexity, "number", "lower"),
         "token_accuracy": compare_sums(scores, (1, 2), ratio, "share", "higher"),
     }
-    forgotten = None
-    if general is not None and len(general):
-        general_scores = score_pair(model, tokenizer, general, section.batch_size)
-        forgotten = compare_sums(general_scores, (0, 2), ratio, "nats", "lower")
-    num_tokens = int(scores[0][:, 2].sum())
-    return Comparison(figures | score_answers(predictions, section.metrics), num_tokens, predictions, forgotten)
 
 
 def score_answers(predictions: Sequence[Prediction], names: Sequence[str]) -> dict[str, Figure]:
@@ -215,14 +219,12 @@ def evaluating(model: PeftModel, adapter_on: bool) -> Iterator[None]:
         model.train(was_training)
 
 
-def score_pair(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, rows: datasets.Dataset, batch_size: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """`score_rows` of the base and of the tuned model."""
+def score_pair(model: PeftModel, score: Callable[[], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """What `score` makes of the model as the base, and tuned."""
     scores = []
     for adapter_on in (False, True):
         with evaluating(model, adapter_on):
-            scores.append(score_rows(model, tokenizer, rows, batch_size))
+            scores.append(score())
     return scores[0], scores[1]
 
 

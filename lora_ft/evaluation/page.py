@@ -6,7 +6,6 @@ During training the page shows the curves so far and loads itself anew; afterwar
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from lora_ft.evaluation.curves import Curves, read_log, trace_curves
 from lora_ft.evaluation.report import REPORT, read_report
 from lora_ft.evaluation.samples import choose_samples
 from lora_ft.evaluation.state import describe_state
+from lora_ft.fingerprint import write_whole
 from lora_ft.model.load import AUTO_CLASSES
 
 PAGE, PICTURE = "report.html", "loss.png"
@@ -31,9 +31,7 @@ def write_page(run: Path) -> Path:
     """The page of a run, written in one step beside `report.json`; that of a training run while there is none."""
     folder = run / "report"
     folder.mkdir(exist_ok=True)
-    draft = folder / f".{PAGE}.{os.getpid()}.partial"
-    draft.write_text(render_page(run), encoding="utf-8")
-    os.replace(draft, folder / PAGE)
+    write_whole(folder / PAGE, render_page(run))
     if (folder / REPORT).is_file():
         draw_picture(trace_curves(read_log(run)), folder / PICTURE)
     return folder / PAGE

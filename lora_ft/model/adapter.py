@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_ft.errors import Fault, UserError, raise_faults
 from lora_ft.model.load import CLASSIFIER_HEADS
-from lora_ft.recipe import LORAPLUS, check_buildable
+from lora_ft.recipe import check_buildable, library_part
 from lora_ft.sections import Task
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def attach_adapter(
     if adapter is not None:
         model = _load_trainable(model, Path(adapter))
     else:
-        fields = {key: value for key, value in (lora or {}).items() if key != LORAPLUS}
+        fields = library_part(lora)
         raise_faults(_impossible(model, fields))
         loftq = fields.get("init_lora_weights") == "loftq" and _is_quantised(model)
         if loftq:  # PEFT's own LoftQ wants an unquantised base in memory; below, tensor by tensor from the files

@@ -16,7 +16,7 @@ from functools import cache
 from typing import Any
 
 from lora_ft.model.adapter import call_peft
-from lora_ft.recipe import LORAPLUS, check_buildable
+from lora_ft.recipe import check_buildable, library_part
 
 PROBES = (64, 128)
 """Tokens of the two forward passes that are counted; between them lies what grows with tokens, and what does not."""
@@ -124,7 +124,7 @@ def _attach_on_meta(model: Any, lora: dict[str, Any]) -> Any:
     """The model with the adapter, all in the type the model computes in, as autocast has it."""
     from peft import LoraConfig, get_peft_model
 
-    fields = {key: value for key, value in lora.items() if key not in (LORAPLUS, "init_lora_weights")}
+    fields = {key: value for key, value in library_part(lora).items() if key != "init_lora_weights"}
     config = check_buildable("lora", LoraConfig, {**fields, "task_type": "CAUSAL_LM"}, "recipe")
     tuned = call_peft(get_peft_model, model, config, autocast_adapter_dtype=False)
     for parameter in tuned.parameters():

@@ -14,7 +14,7 @@ from lora_ft.errors import UserError
 from lora_ft.model.load import find_base, load_tokenizer
 from lora_ft.model.machine import probe_machine, release_memory, settle_validation
 from lora_ft.model.planning import plan_memory, refuse_unfit
-from lora_ft.recipe import EARLY_STOPPING
+from lora_ft.recipe import EARLY_STOPPING, library_part
 from lora_ft.run import prepare_trainer, quiet_libraries, settle_recipe
 from lora_ft.sections import Recipe
 from lora_ft.training.distributed import describe_hardware, read_launch
@@ -47,9 +47,8 @@ def run_trial(recipe: Recipe, report: Report) -> float | None:
     """
     quiet_libraries()
     keeps_best = bool(recipe.training.get("load_best_model_at_end") or EARLY_STOPPING in recipe.training)
-    asked = {name: value for name, value in recipe.training.items() if name != EARLY_STOPPING}
     launch, machine = read_launch(), probe_machine()
-    recipe = settle_recipe(replace(recipe, training={**asked, **FOR_TRIALS}), machine, launch)
+    recipe = settle_recipe(replace(recipe, training={**library_part(recipe.training), **FOR_TRIALS}), machine, launch)
     base = find_base(recipe.model.base, recipe.model.revision, recipe.model.trust_remote_code)
     tokenizer = load_tokenizer(base.folder, recipe.model, recipe.data.chat_template)
     splits = build_splits(recipe.data, tokenizer)

@@ -10,27 +10,18 @@ Shapes: B rows, S positions, T positions of the longest answer, C classes, V voc
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
 
-from lora_ft.data.collate import Collator
 from lora_ft.data.render import IGNORE_INDEX
-from lora_ft.errors import UserError
-from lora_ft.recipe import EARLY_STOPPING, check_buildable
-from lora_ft.training.guards import LossNotes
+from lora_ft.recipe import check_buildable, library_part
+from lora_ft.training.assemble import assemble_trainer
 from lora_ft.training.lasting import LastingTrainer
 from lora_ft.training.lora_linear import fused_lora
 from lora_ft.training.optimizer import create_loraplus
-from lora_ft.training.progress import LogFile, Progress
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
 
 
 class LabelledTrainer(LastingTrainer):
@@ -168,56 +159,14 @@ def build_answer_arguments(training: dict[str, Any], output_dir: Path) -> Seq2Se
 
 def fill_in(training: dict[str, Any], output_dir: Path) -> dict[str, Any]:
     """The keys of a recipe that are the library's own, with what other sections own."""
-    fields = {name: value for name, value in training.items() if name != EARLY_STOPPING}
-    return {**fields, **OWNED, "output_dir": str(output_dir)}
+    return {**library_part(training), **OWNED, "output_dir": str(output_dir)}
 
 
-def build_class_trainer(*args: Any, **kwargs: Any) -> LabelledTrainer:
-    """A trainer over rows of `input_ids` and a class; see `build_labelled`."""
-    return build_labelled(LabelledTrainer, *args, **kwargs)
+def build_class_trainer(*parts: Any, **options: Any) -> LabelledTrainer:
+    """A trainer over rows of `input_ids` and a class; see `assemble_trainer`."""
+    return assemble_trainer(LabelledTrainer, "transformers", *parts, **options)
 
 
-def build_answer_trainer(*args: Any, **kwargs: Any) -> AnswerTrainer:
-    """A trainer over rows of `input_ids` and an answer's tokens; see `build_labelled`."""
-    return build_labelled(AnswerTrainer, *args, **kwargs)
-
-
-def build_labelled(
-    kind: type[LabelledTrainer],
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    train_rows: Dataset,
-    validation_rows: Dataset | None,
-    arguments: TrainingArguments,
-    *,
-    loraplus_ratio: float | None = None,
-    quiet: bool = False,
-    **lasting: Any,
-) -> Any:
-    """A trainer of `kind` over tokenised rows (`input_ids`, `labels`), which validates on the others, if there are any.
-
-    `lasting` are what `LastingTrainer` takes: patience, guards, name_row.
-
-    Raises:
-        UserError: nothing to train on, or transformers refuses the combination.
-    """
-    if len(train_rows) == 0:
-        raise UserError("data.sources", None, "No row is left for training.", "Lower data.split, or add rows.")
-    log = LogFile(Path(arguments.output_dir) / "log.jsonl")
-    try:
-        trainer = kind(
-            model=model,
-            args=arguments,
-            train_dataset=train_rows,
-            eval_dataset=validation_rows if validation_rows is not None and len(validation_rows) else None,
-            processing_class=tokenizer,
-            data_collator=Collator(tokenizer.pad_token_id),
-            callbacks=[log, LossNotes(log.write_line), *([] if quiet else [Progress()])],
-            loraplus_ratio=loraplus_ratio,
-            **lasting,
-        )
-    except (ValueError, ImportError, TypeError) as fault:
-        rule = f"transformers refuses this combination: {str(fault).strip()}"
-        raise UserError("training", None, rule, "Change the setting it names.") from fault
-    trainer.remove_callback(PrinterCallback)  # a Python dict on stdout at every logged step
-    return trainer
+def build_answer_trainer(*parts: Any, **options: Any) -> AnswerTrainer:
+    """A trainer over rows of `input_ids` and an answer's tokens; see `assemble_trainer`."""
+    return assemble_trainer(AnswerTrainer, "transformers", *parts, **options)

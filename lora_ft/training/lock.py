@@ -25,17 +25,10 @@ def run_lock(run: Path) -> Iterator[None]:
     Raises:
         UserError: another process has it; names that process.
     """
-    lock = FileLock(run / LOCK, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise UserError("output_dir", str(run), f"{_holder(run)} is writing there.", "Wait for it to end.") from None
-    try:
+    with _acquire(run):
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         (run / LOCK).write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": since}))
         yield
-    finally:
-        lock.release()
 
 
 def refuse_if_locked(run: Path) -> None:
@@ -46,12 +39,21 @@ def refuse_if_locked(run: Path) -> None:
     """
     if not (run / LOCK).exists() or os.environ.get("RANK", "0") != "0":
         return
+    with _acquire(run):
+        pass
+
+
+@contextmanager
+def _acquire(run: Path) -> Iterator[None]:
     lock = FileLock(run / LOCK, timeout=0)
     try:
         lock.acquire()
-        lock.release()
     except Timeout:
         raise UserError("output_dir", str(run), f"{_holder(run)} is writing there.", "Wait for it to end.") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _holder(run: Path) -> str:

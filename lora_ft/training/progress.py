@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
+
+from lora_ft.fingerprint import write_whole
 
 
 class Progress(TrainerCallback):
@@ -59,10 +60,8 @@ class LogFile(TrainerCallback):
         self._path.parent.mkdir(parents=True, exist_ok=True)
         before = self._path.read_text(encoding="utf-8").splitlines() if self._path.exists() else []
         first = json.dumps({**_moment(state), "max_steps": state.max_steps})
-        draft = self._path.with_name(f".{self._path.name}.partial")
         kept = [line for line in before if _is_before(line, state)]
-        draft.write_text("".join(f"{line}\n" for line in [first, *kept]), encoding="utf-8")
-        os.replace(draft, self._path)
+        write_whole(self._path, "".join(f"{line}\n" for line in [first, *kept]))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and logs:

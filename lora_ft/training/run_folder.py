@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_ft.errors import UserError, raise_faults
-from lora_ft.fingerprint import hash_folder, hash_json, hash_tensors, sync_path, whole_folder
+from lora_ft.fingerprint import hash_folder, hash_json, hash_tensors, whole_folder, write_whole
 from lora_ft.recipe import dump_recipe
 from lora_ft.sections import Recipe
 from lora_ft.training.checkpoint import find_damage, find_intact, find_leftovers, is_weights_only, list_checkpoints
@@ -144,15 +144,6 @@ def write_manifest(run: RunFolder, state: str, content: dict[str, Any]) -> dict[
         manifest["files"] = {name: digest for name, digest in hash_folder(run.path).items() if name not in own}
     write_whole(run.path / MANIFEST, json.dumps(manifest, indent=2, ensure_ascii=False, default=str) + "\n")
     return manifest
-
-
-def write_whole(path: Path, text: str) -> None:
-    """A text file that is either as it was or as it shall be, whenever the power goes."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    draft.write_text(text, encoding="utf-8")
-    sync_path(draft)
-    os.replace(draft, path)
-    sync_path(path.parent)
 
 
 def read_manifest(path: Path, damaged_ok: bool = False) -> dict[str, Any] | None:

@@ -5,29 +5,26 @@ Shapes: B rows, S positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_callback import PrinterCallback
 from transformers.utils.generic import is_flash_attention_requested
 from trl import SFTConfig, SFTTrainer
 
 from lora_ft.data.collate import Collator
 from lora_ft.errors import Fault, UserError, raise_faults
-from lora_ft.recipe import EARLY_STOPPING, check_buildable
-from lora_ft.sections import GuardsSection
+from lora_ft.recipe import check_buildable, library_part
+from lora_ft.training.assemble import assemble_trainer
 from lora_ft.training.attention import document_attention, keeps_documents_apart
-from lora_ft.training.guards import LossNotes
 from lora_ft.training.lasting import LastingTrainer
 from lora_ft.training.lora_linear import fused_lora
 from lora_ft.training.loss import TokenScores, add_scoring
 from lora_ft.training.meter import sum_rows
 from lora_ft.training.optimizer import create_loraplus
-from lora_ft.training.progress import LogFile, Progress
 from lora_ft.training.rows import RowJoiner, find_tokens
 
 if TYPE_CHECKING:
@@ -216,54 +213,12 @@ def build_arguments(training: dict[str, Any], output_dir: Path) -> SFTConfig:
         "logging_nan_inf_filter": False,
         "disable_tqdm": True,  # `Progress` draws the bar
     }
-    fields = {name: value for name, value in training.items() if name != EARLY_STOPPING}
-    return check_buildable("training", SFTConfig, {**fields, **owned}, "recipe")
+    return check_buildable("training", SFTConfig, {**library_part(training), **owned}, "recipe")
 
 
-def build_trainer(
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    train_rows: Dataset,
-    validation_rows: Dataset | None,
-    arguments: SFTConfig,
-    *,
-    loraplus_ratio: float | None = None,
-    patience: int | None = None,
-    guards: GuardsSection | None = None,
-    name_row: Callable[[int], str] | None = None,
-    quiet: bool = False,
-) -> LoraTrainer:
-    """A trainer over tokenised rows (`input_ids`, `labels`), which validates on the others, if there are any.
-
-    After `patience` evaluations without a better one training ends; `name_row` says where the training row of a number
-    stands, for messages about it.
-
-    Raises:
-        UserError: nothing to train on, or TRL refuses the combination.
-    """
-    if len(train_rows) == 0:
-        raise UserError("data.sources", None, "No row is left for training.", "Lower data.split, or add rows.")
-    log = LogFile(Path(arguments.output_dir) / "log.jsonl")
-    options = {
-        "model": model,
-        "args": arguments,
-        "train_dataset": train_rows,
-        "eval_dataset": validation_rows if validation_rows is not None and len(validation_rows) else None,
-        "processing_class": tokenizer,
-        "data_collator": Collator(tokenizer.pad_token_id),
-        "callbacks": [log, LossNotes(log.write_line), *([] if quiet else [Progress()])],
-        "loraplus_ratio": loraplus_ratio,
-        "patience": patience,
-        "guards": guards,
-        "name_row": name_row,
-    }
-    try:
-        trainer = LoraTrainer(**options)
-    except (ValueError, ImportError, TypeError) as fault:
-        rule = f"TRL refuses this combination: {str(fault).strip()}"
-        raise UserError("training", None, rule, "Change the setting it names.") from fault
-    trainer.remove_callback(PrinterCallback)  # a Python dict on stdout at every logged step
-    return trainer
+def build_trainer(*parts: Any, **options: Any) -> LoraTrainer:
+    """A trainer over tokenised rows of text (`input_ids`, `labels`); see `assemble_trainer`."""
+    return assemble_trainer(LoraTrainer, "TRL", *parts, **options)
 
 
 def train_model(

@@ -1,0 +1,59 @@
+"""A trainer of any task from its parts: what all of them log, show and refuse alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers.trainer_callback import PrinterCallback
+
+from lora_ft.data.collate import Collator
+from lora_ft.errors import UserError
+from lora_ft.training.guards import LossNotes
+from lora_ft.training.progress import LogFile, Progress
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+
+def assemble_trainer(
+    kind: Any,
+    library: str,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train_rows: Dataset,
+    validation_rows: Dataset | None,
+    arguments: TrainingArguments,
+    *,
+    quiet: bool = False,
+    **options: Any,
+) -> Any:
+    """A trainer of `kind` over tokenised rows (`input_ids`, `labels`), which validates on the others, if there are any.
+
+    `library` is whose refusals are passed on; `options` are what `kind` takes beside the parts: `loraplus_ratio`, and
+    `patience`, `guards` and `name_row` of `LastingTrainer`.
+
+    Raises:
+        UserError: nothing to train on, or the library refuses the combination.
+    """
+    if len(train_rows) == 0:
+        raise UserError("data.sources", None, "No row is left for training.", "Lower data.split, or add rows.")
+    log = LogFile(Path(arguments.output_dir) / "log.jsonl")
+    try:
+        trainer = kind(
+            model=model,
+            args=arguments,
+            train_dataset=train_rows,
+            eval_dataset=validation_rows if validation_rows is not None and len(validation_rows) else None,
+            processing_class=tokenizer,
+            data_collator=Collator(tokenizer.pad_token_id),
+            callbacks=[log, LossNotes(log.write_line), *([] if quiet else [Progress()])],
+            **options,
+        )
+    except (ValueError, ImportError, TypeError) as fault:
+        rule = f"{library} refuses this combination: {str(fault).strip()}"
+        raise UserError("training", None, rule, "Change the setting it names.") from fault
+    trainer.remove_callback(PrinterCallback)  # a Python dict on stdout at every logged step
+    return trainer
