@@ -124,23 +124,23 @@ def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
 
 def read_stored(tensor: StoredTensor) -> torch.Tensor:
     """All of a tensor's values."""
-    with open(tensor.path, "rb", buffering=0) as stream:
-        return read_values(stream, tensor, 0, tensor.shape)
-
-
-def read_values(stream: FileIO, tensor: StoredTensor, first_element: int, shape: tuple[int, ...]) -> torch.Tensor:
-    """A run of a tensor's values that starts at `first_element` and has `shape`; its file is open as `stream`."""
     import torch
 
-    dtype = torch_dtype(tensor.dtype)
-    buffer = torch.empty(count_elements(shape) * dtype.itemsize, dtype=torch.uint8)
-    stream.seek(tensor.offset + first_element * dtype.itemsize)
-    view = memoryview(buffer.numpy())
+    with open(tensor.path, "rb", buffering=0) as stream:
+        return read_values(stream, tensor, 0, torch.empty(tensor.shape, dtype=torch_dtype(tensor.dtype)))
+
+
+def read_values(stream: FileIO, tensor: StoredTensor, first_element: int, into: torch.Tensor) -> torch.Tensor:
+    """`into`, filled with a run of a tensor's values that starts at `first_element`; its file is open as `stream`."""
+    import torch
+
+    stream.seek(tensor.offset + first_element * into.itemsize)
+    view = memoryview(into.view(-1).view(torch.uint8).numpy())
     while view:
         count = stream.readinto(view)  # one system call reads 2 GiB at most
         assert count, "the file is as long as its header says"
         view = view[count:]
-    return buffer.view(dtype).view(shape)
+    return into
 
 
 def place_tensors(tensors: Mapping[str, StoredTensor], model: PreTrainedModel) -> dict[str, Place | None]:

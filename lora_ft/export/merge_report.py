@@ -55,7 +55,7 @@ class MergeReport:
     samples: tuple[Sample, ...]
     """What the merged model answered, to be compared after a copy or download."""
     tensors: dict[str, str]
-    """Tensor → SHA-256 of its bytes."""
+    """Tensor → BLAKE3 of its bytes."""
     files: dict[str, str]
     """SHA-256 of every other file but this one and the card."""
 

@@ -8,9 +8,12 @@ any size is merged in the same little memory:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from lora_ft.export.scratch import SCRATCH
 
 if TYPE_CHECKING:
     import torch
@@ -130,8 +133,12 @@ KINDS = {
 
 def product(update: Update, factor_b: torch.Tensor, factor_a: torch.Tensor) -> torch.Tensor:
     """scale · B A in fp32, rounded as PEFT rounds it: the product first, then the factor."""
-    delta = factor_b.float() @ factor_a.float()
-    return delta if update.scale == 1.0 else delta.mul_(update.scale)
+    import torch
+
+    delta = SCRATCH.take("delta", (factor_b.shape[0], factor_a.shape[1]), torch.float32)
+    if math.frexp(abs(update.scale))[0] == 0.5:  # a power of two rounds nothing, so the small factor may take it
+        return torch.mm(factor_b.float() * update.scale, factor_a.float(), out=delta)
+    return torch.mm(factor_b.float(), factor_a.float(), out=delta).mul_(update.scale)
 
 
 def expert_factors(update: Update, block: Block) -> tuple[torch.Tensor, torch.Tensor]:

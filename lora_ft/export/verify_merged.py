@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +13,8 @@ from lora_ft.export.finding import Finding, check_answers, check_files
 from lora_ft.export.fresh import ask_fresh
 from lora_ft.export.merge_report import MergeReport, read_report
 from lora_ft.export.skeleton import architecture_class, empty_model, read_config
-from lora_ft.fingerprint import CHUNK_BYTES
+from lora_ft.export.stream import extremes
+from lora_ft.fingerprint import CHUNK_BYTES, start_digest
 
 
 def verify_merged(path: Path, quick: bool, trust_remote_code: bool) -> Iterator[Finding]:
@@ -77,11 +78,11 @@ def read_all(tensors: Mapping[str, StoredTensor], report: MergeReport | None) ->
 
     changed, infinite = [], []
     for name, tensor in tensors.items():
-        digest, finite = hashlib.sha256(), True
+        digest, finite = start_digest(), True
         for chunk in tensor.read_chunks(CHUNK_BYTES):
             digest.update(chunk)
             if tensor.dtype in FLOATS:
-                finite &= bool(torch.frombuffer(chunk, dtype=torch_dtype(tensor.dtype)).isfinite().all())
+                finite &= all(map(math.isfinite, extremes(torch.frombuffer(chunk, dtype=torch_dtype(tensor.dtype)))))
         if report and report.tensors.get(name) != digest.hexdigest():
             changed.append(name)
         if not finite:
