@@ -15,6 +15,7 @@ from lora_ft.errors import UserError
 from lora_ft.sections import DataSection
 
 if TYPE_CHECKING:
+    from jinja2 import Template
     from transformers import PreTrainedTokenizerBase
 
 TEMPLATE_DATE = datetime(2024, 7, 26)
@@ -22,8 +23,6 @@ TEMPLATE_DATE = datetime(2024, 7, 26)
 
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 PROBE = "lora ft probe"
-MARKING = Lock()
-"""transformers notes the marks of a rendering in the template itself, so that only one can be under way."""
 
 
 class ChatTemplate:
@@ -31,18 +30,21 @@ class ChatTemplate:
 
     def __init__(self, source: str, tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any]):
         from jinja2.exceptions import TemplateError
-        from transformers.utils.chat_template_utils import _compile_jinja_template  # what apply_chat_template uses
+        from transformers.utils.chat_template_utils import _cached_compile_jinja_template as compile_template
 
         self.source = source
         self.has_marks = GENERATION_MARK.search(source) is not None
         """Whether the template itself says what is learned, with `{% generation %}`."""
         try:
-            self._compiled = _compile_jinja_template(source)
+            self._compiled = compile_template(source)
+            self._tracked = compile_template(source)
         except TemplateError as error:
             rule = f"The chat template is not Jinja: {error}."
             raise UserError("data.chat_template", None, rule, "Mend it, or give another.") from None
-        self._globals = dict(self._compiled.globals)
-        self._variables = {**tokenizer.special_tokens_map, "strftime_now": TEMPLATE_DATE.strftime, **variables}
+        self._tracking = Lock()
+        """transformers notes marks in the template itself, whoever renders it: so one at a time, and no other there."""
+        fixed = {"strftime_now": TEMPLATE_DATE.strftime, "documents": None, **variables}
+        self._variables = {**self._compiled.globals, **tokenizer.special_tokens_map, **fixed}
         added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
         self._added = any_of(added)
         self.special = any_of(text for text, token in added.items() if token.special)
@@ -56,7 +58,7 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[Message], tools: Sequence[Message] = (), prompt: bool = False) -> str:
         """The conversation as `apply_chat_template` gives it; with `prompt`, the generation prompt at its end."""
-        return self._guard(lambda values: "".join(self._generate(values)), messages, tools, prompt)
+        return self._guard(lambda values: "".join(_generate(self._compiled, values)), messages, tools, prompt)
 
     def render_marked(
         self, messages: Sequence[Message], tools: Sequence[Message] = (), prompt: bool = False
@@ -64,15 +66,11 @@ class ChatTemplate:
         """The conversation, and the (start, end) of each stretch inside the template's generation marks."""
         return self._guard(self._render_tracked, messages, tools, prompt)
 
-    def _generate(self, values: dict[str, Any]) -> Iterator[str]:
-        """What `Template.generate` gives, without copying the environment's globals for every conversation."""
-        return self._compiled.root_render_func(self._compiled.new_context({**self._globals, **values}, shared=True))
-
     def _render_tracked(self, values: dict[str, Any]) -> tuple[str, list[tuple[int, int]]]:
         blocks: list[str] = []
         marks: list[tuple[int, int]] = []
-        with MARKING, self._compiled.environment.activate_tracker(blocks, marks):
-            for block in self._generate(values):
+        with self._tracking, self._tracked.environment.activate_tracker(blocks, marks):
+            for block in _generate(self._tracked, values):
                 blocks.append(block)  # one by one: the tracker reads off them where a mark starts
         return "".join(blocks), marks
 
@@ -90,13 +88,18 @@ class ChatTemplate:
         raise UserError("data.chat_template", f"…{text[-60:]!r}", rule, fix)
 
     def _guard(self, run: Callable, messages: Sequence[Message], tools: Sequence[Message], prompt: bool) -> Any:
-        values = {"messages": messages, "tools": list(tools) or None, "documents": None, **self._variables}
+        values = {**self._variables, "messages": messages, "tools": list(tools) or None}
         try:
             return run({**values, "add_generation_prompt": prompt})
         except Exception as error:  # a template is a program, and may fail in any way
             rule = f"The chat template refuses the conversation: {shorten(str(error), 200)}."
             fix = "Change the messages to what it takes, or give another template (data.chat_template)."
             raise BadRow("messages", "roles " + ", ".join(m["role"] for m in messages), rule, fix) from None
+
+
+def _generate(template: Template, values: dict[str, Any]) -> Iterator[str]:
+    """What `Template.generate` gives, without copying the environment's globals for every conversation."""
+    return template.root_render_func(template.new_context(values, shared=True))
 
 
 def any_of(texts: Iterable[str]) -> re.Pattern[str]:

@@ -1,5 +1,7 @@
 """Masks, token by token, for every format and template. The oracle is transformers' own `apply_chat_template`."""
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import groupby
 
@@ -452,3 +454,21 @@ def test_truncation_left_behind_by_another_call_does_not_reach_the_rows():
     tokenizer(["Hello you Hello you"], truncation=True, max_length=2, padding="max_length")
     example = convert(ROWS["messages"][0])
     assert render_example(example, tokenizer, SECTION).input_ids == stock(make_tokenizer("chatml"), example.messages)
+
+
+def test_conversations_rendered_at_once_keep_their_own_marks():
+    """transformers notes marks in the template, where another thread's rendering would put its own among them."""
+    renderer = Renderer(make_tokenizer("chatml_marked"), SECTION)
+    rows = [
+        Example(f"row:{n}", tuple(turn for i in range(1 + n % 4) for turn in (user(f"q{i} " * n), assistant(f"a{i}"))))
+        for n in range(1, 40)
+    ]
+    alone = [renderer.render_one(row) for row in rows]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            at_once = list(pool.map(renderer.render_one, rows * 4))
+    finally:
+        sys.setswitchinterval(before)
+    assert at_once == alone * 4
