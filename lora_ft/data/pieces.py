@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from threading import Lock
 from typing import TYPE_CHECKING
 
 from lora_ft.errors import UserError
@@ -34,6 +35,8 @@ class PieceEncoder:
             rule = "The tokenizer has no fast form (tokenizer.json), without which rows cannot be cut exactly."
             raise UserError("model.base", type(tokenizer).__name__, rule, "Choose a base that has one.")
         self._backend = tokenizer.backend_tokenizer
+        self._turn = Lock()
+        """A batch takes all cores: two at once would both be late, with no Python done in the meantime."""
         self._begin_ids, self._bos = _find_begin(tokenizer), tokenizer.bos_token
         added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
         self._added_at_end = re.compile(f"(?:{'|'.join(map(re.escape, added)) or '(?!)'})$")
@@ -61,7 +64,8 @@ class PieceEncoder:
     def _known_ids(self, texts: Iterable[str]) -> dict[str, list[int]]:
         """The ids of each text; what comes again and again (the end of a turn, a system prompt) is tokenised once."""
         unique = list(dict.fromkeys(texts))
-        return dict(zip(unique, self._ids(unique), strict=True))
+        with self._turn:
+            return dict(zip(unique, self._ids(unique), strict=True))
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         # transformers leaves the truncation and padding of its last call behind in the backend; each is only written to
