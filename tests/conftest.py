@@ -4,6 +4,7 @@ import os
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and threads that wait for a core spin
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # nothing is compiled here; its import takes long
 
 from pathlib import Path
 
@@ -100,17 +101,22 @@ def chat_rows() -> list[dict]:
 @pytest.fixture
 def recipe_file(tmp_path, tiny_base, chat_rows):
     """A function that writes a recipe over the tiny base, with sections replaced, and returns its path."""
+    return recipe_writer(tmp_path, tiny_base, chat_rows)
+
+
+def recipe_writer(folder: Path, base: Path, rows: list[dict]):
+    """What `recipe_file` gives, for fixtures that last longer than one test."""
     import json
 
     import yaml
 
-    data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in chat_rows))
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def write(**sections) -> Path:
         recipe = {
-            "output_dir": str(tmp_path / "run"),
-            "model": {"base": str(tiny_base), "dtype": "float32"},
+            "output_dir": str(folder / "run"),
+            "model": {"base": str(base), "dtype": "float32"},
             "lora": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
             "data": {"sources": [{"path": str(data)}], "max_length": 96, "split": {"validation": 0.1, "test": 0.1}},
             "training": {
@@ -130,7 +136,7 @@ def recipe_file(tmp_path, tiny_base, chat_rows):
                 recipe[name] = {**recipe[name], **section}
             else:
                 recipe[name] = section
-        path = tmp_path / "recipe.yaml"
+        path = folder / "recipe.yaml"
         path.write_text(yaml.safe_dump(recipe))
         return path
 

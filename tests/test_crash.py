@@ -14,10 +14,11 @@ ROOT = Path(__file__).parents[1]
     ("options", "expected"),
     [
         (["--kills", "6", "--steps", "6"], {"kills": 6}),
+        (["--kills", "1", "--steps", "4", "--ranks", "2"], {"kills": 1}),
         pytest.param(["--kills", "4", "--steps", "2", "--merge"], {"kills": 4}, marks=pytest.mark.slow),
         (["--damage", "--steps", "2"], {"damages": 60, "files": 10}),
     ],
-    ids=["runs", "merges", "damages"],
+    ids=["runs", "ranks", "merges", "damages"],
 )
 def test_nothing_is_lost(options, expected):
     """Failure modes 34 and 35."""

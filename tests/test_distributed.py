@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import recipe_writer
+
 ROOT = Path(__file__).parents[1]
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 
@@ -35,33 +37,41 @@ def read_losses(folder: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
+def write_recipe(folder: Path, base: Path, rows: list[dict]) -> Path:
+    """The recipe that one process and two ranks run."""
+    write = recipe_writer(folder, base, rows)
+    return write(quantization=NF4, training={"max_steps": 4}, evaluation={"generate": 2}, export={"merge": True})
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, tiny_base, chat_rows) -> Path:
+    """The run of one process, which those of two ranks are compared with."""
+    folder = tmp_path_factory.mktemp("alone")
+    recipe = write_recipe(folder, tiny_base, chat_rows)
+    done = subprocess.run([sys.executable, "scripts/sft.py", str(recipe)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
 @pytest.mark.parametrize("config", ["cpu_ddp", "cpu_zero2", "cpu_zero3"])
-def test_two_ranks_are_one_run(config, recipe_file, tmp_path):
+def test_two_ranks_are_one_run(config, alone, tmp_path, tiny_base, chat_rows):
     """Equal losses, an adapter that verifies, and both models evaluated, from the same global batch of four rows."""
     if "zero" in config:
         if importlib.util.find_spec("deepspeed") is None:
             pytest.skip("deepspeed is not installed")
         if shutil.which("g++") is None:
             pytest.skip("DeepSpeed compiles its CPU communication when it starts, and there is no compiler")
-    path = recipe_file(quantization=NF4, training={"max_steps": 4}, evaluation={"generate": 2}, export={"merge": True})
-    one, two = tmp_path / "one", tmp_path / "two"
-    alone = subprocess.run(
-        [sys.executable, "scripts/sft.py", str(path), f"output_dir={one}"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert alone.returncode == 0, alone.stderr
-    together = launch(config, path, f"output_dir={two}", "training.per_device_train_batch_size=2")
+    path, two = write_recipe(tmp_path, tiny_base, chat_rows), tmp_path / "run"
+    together = launch(config, path, "training.per_device_train_batch_size=2")
     assert together.returncode == 0, together.stderr[-4000:]
     manifest = json.loads((two / "run.json").read_text())
     assert manifest["machine"]["processes"] == 2
     assert manifest["verification"]["ok"]
-    assert read_losses(two) == pytest.approx(read_losses(one), rel=0.01)
-    manifests = {folder: json.loads((folder / "run.json").read_text()) for folder in (one, two)}
+    assert read_losses(two) == pytest.approx(read_losses(alone), rel=0.01)
+    manifests = {folder: json.loads((folder / "run.json").read_text()) for folder in (alone, two)}
     losses = {folder: manifest["evaluation"]["figures"]["loss"] for folder, manifest in manifests.items()}
-    assert losses[two]["tuned"]["value"] == pytest.approx(losses[one]["tuned"]["value"], rel=0.01)
-    assert losses[two]["base"]["value"] == pytest.approx(losses[one]["base"]["value"], rel=1e-4)
+    assert losses[two]["tuned"]["value"] == pytest.approx(losses[alone]["tuned"]["value"], rel=0.01)
+    assert losses[two]["base"]["value"] == pytest.approx(losses[alone]["base"]["value"], rel=1e-4)
     verified = subprocess.run([sys.executable, "-m", "lora_ft", "verify", str(two)], capture_output=True, text=True)
     assert verified.returncode == 0, verified.stdout + verified.stderr
 

@@ -23,7 +23,7 @@ NO_TEST = {"split": {"validation": 0.1, "test": 0.0}}
 NEEDS_DEEPSPEED = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None or shutil.which("g++") is None, reason="needs deepspeed and g++"
 )
-TWO_RANKS = [pytest.param("cpu_ddp"), pytest.param("cpu_zero2", marks=[NEEDS_DEEPSPEED, pytest.mark.slow])]
+TWO_RANKS = [pytest.param("cpu_ddp"), pytest.param("cpu_zero2", marks=NEEDS_DEEPSPEED)]
 
 
 def start(*words, config=None):
@@ -70,7 +70,7 @@ def finished_hash(folder):
     return hash_tensors(folder / "adapter" / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_signal_saves_and_names_the_command_that_goes_on(recipe_file, tmp_path, number):
     """Exit code 130; what is printed, given to a shell, finishes the run."""
     path, run = recipe_file(training=LONG, data=NO_TEST), tmp_path / "run"
@@ -91,6 +91,7 @@ def test_signal_saves_and_names_the_command_that_goes_on(recipe_file, tmp_path, 
     finished_hash(run)
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("config", TWO_RANKS)
 def test_ranks_agree_to_stop_and_go_on_exactly(recipe_file, tmp_path, config):
@@ -143,6 +144,7 @@ def test_uneven_rows_hang_nobody_and_count_once(recipe_file, tmp_path, chat_rows
     assert losses["two"] == pytest.approx(losses["one"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_full_disk_in_the_middle(recipe_file, tmp_path):
     """Failure mode 37: files may not grow beyond a limit, which ends the save of a checkpoint."""
     limited = (

@@ -1,15 +1,17 @@
 """Rows as the model will see them: each token in the colour of what happens to it.
 
 read     the model is given it
-learned  the model is taught to say it
+learned  the model is taught to say it; for a classifier, the class behind the text
 end      the terminator: the model is taught to stop
+
+Where an encoder reads and a decoder writes, the answer's tokens follow those of the question.
 """
 
 from __future__ import annotations
 
 import html
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -17,10 +19,10 @@ from typing import TYPE_CHECKING, Literal
 from rich.console import Console
 from rich.text import Text
 
-from lora_ft.data.fitting import fit_document
 from lora_ft.data.ingest import read_source
 from lora_ft.data.render import IGNORE_INDEX, Document, Renderer
 from lora_ft.data.sources import find_source
+from lora_ft.data.tasks import build_task
 from lora_ft.errors import Fault, UserError
 from lora_ft.sections import DataSection
 
@@ -59,14 +61,17 @@ class RowView:
     """All of it."""
     is_truncated: bool
     """Whether tokens were lost to fit `max_length`."""
+    label: str | None = None
+    """The class it is of, where that is what is learned."""
 
     @property
     def summary(self) -> str:
         """Its numbers in one line."""
         num_tokens = sum(len(token.ids) for token in self.tokens)
         num_learned = sum(len(token.ids) for token in self.tokens if token.part != "read")
+        learned = f"{num_learned} learned" if self.label is None else f"class {self.label}"
         cut = ", truncated" if self.is_truncated else ""
-        return f"{self.place}  {num_tokens} tokens, {num_learned} learned{cut}"
+        return f"{self.place}  {num_tokens} tokens, {learned}{cut}"
 
 
 def preview_rows(
@@ -75,10 +80,8 @@ def preview_rows(
     """The first `count` rows of the sources as they are trained on, without preparing the rest.
 
     Raises:
-        UserError: a row among them is bad; or the task is not one of running text.
+        UserError: a row among them is bad.
     """
-    if section.task != "sft":
-        raise UserError("data.task", section.task, "Only running text (task sft) has tokens to colour.", "Use `check`.")
     renderer = Renderer(tokenizer, section)
     sources = [find_source(source, base_folder) for source in section.sources]
     found = (item for source in sources for item in read_source(source, section, renderer.is_chat, Counter()))
@@ -86,39 +89,53 @@ def preview_rows(
     for item in found:
         if isinstance(item, Fault):
             raise UserError.of([item])
-        fitted = fit_document(renderer.render_one(item), item, section, renderer)
-        stop = renderer.stop_token_ids
-        views += [view_document(document, tokenizer, stop, fitted.is_truncated) for document in fitted.documents]
+        label = item.label if section.task == "classification" else None
+        (fitted,) = build_task(section, tokenizer, renderer, () if label is None else (label,)).fit([item])
+        if isinstance(fitted, Fault):
+            raise UserError.of([fitted])
+        for document in fitted.documents:
+            tokens = view_tokens(document, section.task, tokenizer, renderer.stop_token_ids)
+            views.append(RowView(document.place, tokens, fitted.is_truncated, label))
         if len(views) >= count:
             break
     return views[:count]
 
 
-def view_document(
-    document: Document, tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int], is_truncated: bool = False
-) -> RowView:
+def view_tokens(
+    document: Document, task: str, tokenizer: PreTrainedTokenizerBase, stop_token_ids: Sequence[int]
+) -> tuple[TokenView, ...]:
     """A document taken apart into tokens that can be shown."""
+    read = [IGNORE_INDEX] * len(document.input_ids)
+    runs = {
+        "sft": [(document.input_ids, document.labels)],
+        "classification": [(document.input_ids, read)],
+        "seq2seq": [(document.input_ids, read), (document.labels, document.labels)],
+    }
     tokens: list[TokenView] = []
-    before: list[int] = []
-    for ids, label in _group_characters(document, tokenizer):
-        part: Part = "read" if label == IGNORE_INDEX else "end" if label in stop_token_ids else "learned"
-        text = tokenizer.decode(before + ids).removeprefix(tokenizer.decode(before))  # alone it might lose its space
-        tokens.append(TokenView(text, tuple(ids), part))
-        before = ids
-    return RowView(document.place, tuple(tokens), is_truncated)
+    for input_ids, labels in runs[task]:
+        before: list[int] = []
+        for ids, label in _group_characters(zip(input_ids, labels, strict=True), tokenizer):
+            part: Part = "read" if label == IGNORE_INDEX else "end" if label in stop_token_ids else "learned"
+            text = tokenizer.decode(before + ids).removeprefix(tokenizer.decode(before))  # alone it loses a space
+            tokens.append(TokenView(text, tuple(ids), part))
+            before = ids
+    return tuple(tokens)
 
 
-def _group_characters(document: Document, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[int], int]]:
+def _group_characters(
+    labelled: Iterable[tuple[int, int]], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[list[int], int]]:
     """(ids, label) of each token; tokens that are parts of one character come together."""
     waiting: list[int] = []
-    for token, label in zip(document.input_ids, document.labels, strict=True):
+    label = IGNORE_INDEX
+    for token, label in labelled:
         waiting.append(token)
         is_part = "\ufffd" in tokenizer.decode(waiting) and len(waiting) < 4
         if not is_part:
             yield waiting, label
             waiting = []
     if waiting:
-        yield waiting, document.labels[-1]
+        yield waiting, label
 
 
 def print_preview(rows: Sequence[RowView], console: Console | None = None, show_ids: bool = False) -> None:
@@ -131,6 +148,8 @@ def print_preview(rows: Sequence[RowView], console: Console | None = None, show_
             text.append(token.text.replace("\n", "⏎\n"), STYLES[token.part][number % 2])
             if show_ids:
                 text.append("".join(f" {number} " for number in token.ids), "italic blue")
+        if row.label is not None:
+            text.append(f" {row.label} ", STYLES["learned"][0])
         console.print(text, soft_wrap=True)
     console.print(legend)
 
@@ -144,10 +163,11 @@ def write_preview(rows: Sequence[RowView], path: Path) -> None:
 
 
 def _mark_up(row: RowView) -> str:
+    tokens = [*row.tokens, *([] if row.label is None else [TokenView(f" {row.label} ", (), "learned")])]
     return "".join(
         f'<span class="{token.part}" title="{" ".join(map(str, token.ids))}">'
         f"{html.escape(token.text).replace(chr(10), '⏎' + chr(10))}</span>"
-        for token in row.tokens
+        for token in tokens
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -34,7 +35,8 @@ def ask_fresh(task: str, **request: Any) -> Any:
         paths = [Path(scratch) / "request.json", Path(scratch) / "answer.json"]
         paths[0].write_text(json.dumps(request), encoding="utf-8")
         command = [sys.executable, "-m", "lora_ft.export.fresh", task, *map(str, paths)]
-        process = subprocess.run(command, capture_output=True, text=True, check=False)
+        environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1"}  # no compiler is loaded for a few answers
+        process = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if process.returncode:
             reason = (
                 process.stderr.strip().splitlines()[-1]

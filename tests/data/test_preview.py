@@ -48,11 +48,32 @@ def test_the_page_is_whole_and_escaped(write_rows, tmp_path):
     assert "http" not in page
 
 
-def test_bad_rows_and_other_tasks_are_refused(write_rows):
+def test_bad_rows_are_refused(write_rows):
     with pytest.raises(UserError, match=r"rows\.jsonl:1"):
         preview_rows(write_rows([{"oops": 1}]), make_tokenizer("gemma"))
-    with pytest.raises(UserError, match="running text"):
-        preview_rows(write_rows([{"text": "a", "label": "b"}], task="classification"), make_tokenizer("gemma"))
+
+
+def test_a_class_stands_behind_its_text(write_rows, tmp_path):
+    rows = preview_rows(
+        write_rows([{"text": "You won!", "label": "spam"}], task="classification"), make_tokenizer("gemma")
+    )
+    assert {token.part for token in rows[0].tokens} == {"read"} and rows[0].label == "spam"
+    assert rows[0].summary.endswith("tokens, class spam")
+    console = Console(file=io.StringIO(), width=200)
+    print_preview(rows, console)
+    assert "You won! spam" in console.file.getvalue()
+    write_preview(rows, tmp_path / "preview.html")
+    assert '<span class="learned" title=""> spam </span>' in (tmp_path / "preview.html").read_text("utf-8")
+
+
+def test_an_answer_follows_what_the_encoder_reads(write_rows):
+    tokenizer = make_tokenizer("gemma")
+    tokenizer.add_special_tokens({"eos_token": "<eos>"})
+    row = {"question": "Is it dry?", "context": "In Paris it is dry.", "answer": "yes<eos>"}
+    (view,) = preview_rows(write_rows([row], task="seq2seq"), tokenizer)
+    read, learned, end = ("".join(t.text for t in view.tokens if t.part == part) for part in ("read", "learned", "end"))
+    assert "Is it dry?" in read and "In Paris it is dry." in read and "yes" not in read
+    assert learned.endswith("yes") and end == "<eos>"
 
 
 def test_few_rows_are_shown_as_they_are(write_rows):

@@ -78,3 +78,33 @@ def test_lora_plus_and_label_smoothing_reach_the_trainer(case, tmp_path):
     plain._loraplus_ratio = 16.0
     rates = {group["lr"] for group in plain.create_optimizer().param_groups}
     assert {1e-2, 0.16} <= rates
+
+
+def test_stopped_run_of_another_task_is_the_uninterrupted_one(case, tmp_path):
+    """Failure mode 35: a head, dropout and a decoder resume to the last bit, too."""
+    import signal
+
+    from lora_ft.errors import Interrupted
+    from lora_ft.training.checkpoint import find_intact
+    from tests.training.test_lasting import At, read_log, stop_by, weights
+
+    task, base = case
+    steady = {"max_steps": 6, "save_strategy": "steps", "save_steps": 4, "eval_strategy": "steps", "eval_steps": 2}
+    steady |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+
+    def start(name):
+        tmp_path.joinpath(name).mkdir(exist_ok=True)
+        return build(task, base, tmp_path / name, ROWS[task], **steady)
+
+    whole = start("whole")
+    whole.train()
+    stopped = start("broken")
+    stopped.add_callback(At(3, stop_by(signal.SIGTERM)))
+    with pytest.raises(Interrupted, match="after step 3 of 6"):
+        stopped.train()
+    last = start("broken")
+    last.train(resume_from_checkpoint=find_intact(tmp_path / "broken"))
+    expected, got = weights(whole), weights(last)
+    assert expected.keys() == got.keys() and len(read_log(tmp_path / "whole")) >= 9
+    assert all((got[name] == tensor).all() for name, tensor in expected.items())
+    assert read_log(tmp_path / "broken") == read_log(tmp_path / "whole")
