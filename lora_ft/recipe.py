@@ -20,7 +20,7 @@ from lora_ft.builtin import is_builtin, locate_data, locate_recipe
 from lora_ft.credentials import find_credentials
 from lora_ft.errors import Fault, UserError, raise_faults
 from lora_ft.library_fields import LIBRARY_CLASSES, LibraryField, accepts, describe, find_class, read_fields
-from lora_ft.sections import DataSection, EvaluationSection, ExportSection, GuardsSection, ModelSection, Recipe
+from lora_ft.sections import Choice, DataSection, EvaluationSection, ExportSection, GuardsSection, ModelSection, Recipe
 from lora_ft.yaml_lines import Document, Key, dotted, parse_scalar, read_yaml
 
 OUR_SECTIONS: dict[str, Any] = {
@@ -50,6 +50,13 @@ OUR_FIELDS: dict[str, dict[str, LibraryField]] = {
     },
 }
 """Fields of the libraries' sections that are ours, or that take more than the library does."""
+
+
+TASK_DEFAULTS: dict[str, dict[str, Any]] = {
+    "seq2seq": {"max_length": 512, "max_target_length": 128, "truncation": "context"},
+}
+"""Values of the data section that a task has where a recipe says nothing: T5 was trained on 512 tokens, and a question
+that loses its end is another question."""
 
 
 def library_part(values: dict[str, Any] | None) -> dict[str, Any]:
@@ -245,19 +252,26 @@ def _build_recipe(document: Document, faults: list[Fault]) -> Recipe | None:
             )
     if values.get("output_dir") is not None and not isinstance(values["output_dir"], str):
         faults.append(Fault(document.place(("output_dir",)), values["output_dir"], "A folder is text.", "Quote it."))
+    task = values["data"].get("task", "sft") if isinstance(values.get("data"), dict) else "sft"
+    defaults = TASK_DEFAULTS.get(task, {}) if isinstance(task, str) else {}
+    if defaults:
+        values = {**values, "data": {**defaults, **values["data"]}}
     sections: dict[str, Any] = {
         name: _build_section(cls, values[name], (name,), document, faults)
         for name, cls in OUR_SECTIONS.items()
         if values.get(name) is not None
     }
-    task = values["data"].get("task", "sft") if isinstance(values.get("data"), dict) else "sft"
     for name in OWNED_ELSEWHERE:
         if values.get(name) is not None:
             sections[name] = _check_library_section(name, task, values[name], document, faults)
     _check_together(values, document, faults)
     if faults:
         return None
-    return Recipe(output_dir=Path(values["output_dir"]), **sections)
+    given = document.values.get("data") or {}
+    choices = tuple(
+        Choice(f"data.{name}", value, f"the default of {task}") for name, value in defaults.items() if name not in given
+    )
+    return Recipe(output_dir=Path(values["output_dir"]), choices=choices, **sections)
 
 
 def _build_section(cls: Any, values: Any, key: Key, document: Document, faults: list[Fault]) -> Any:

@@ -184,3 +184,15 @@ def test_checking_imports_nothing_heavy(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_task_brings_defaults_of_its_own_which_are_written_down(tmp_path):
+    text = GOOD.replace("data:\n", "data:\n  task: seq2seq\n")
+    data = load_recipe(write(tmp_path, text)).data
+    assert (data.max_length, data.max_target_length, data.truncation) == (512, 128, "context")
+    recipe = load_recipe(write(tmp_path, text), ["data.max_length=64"])
+    assert (recipe.data.max_length, recipe.data.max_target_length) == (64, 128)
+    assert "data.max_length" not in {choice.key for choice in recipe.choices}
+    assert "max_target_length: 128  # chosen: the default of seq2seq" in dump_recipe(recipe)
+    assert load_recipe(write(tmp_path, dump_recipe(recipe))).data == recipe.data
+    assert load_recipe(write(tmp_path, GOOD)).data.max_length == 1024

@@ -70,7 +70,7 @@ def choose_settings(recipe: Recipe, machine: Machine) -> Recipe:
         UserError: the recipe asks for something this machine cannot do, such as fp16 on a CPU.
     """
     raise_faults(_impossible(recipe, machine))
-    choices: list[Choice] = []
+    choices = list(recipe.choices)
     model, training = recipe.model, dict(recipe.training)
     quantization = dict(recipe.quantization) if recipe.quantization else None
 
