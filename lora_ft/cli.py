@@ -27,9 +27,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.emit = lambda value: print(json.dumps(value, indent=2, ensure_ascii=False, default=str), file=stdout)
     try:
         with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
-            return int(options.command(options) or 0)
+            code = int(options.command(options) or 0)
+            sys.stdout.flush()
+            return code
     except UserError as error:
         return _report_error(error, options)
+    except BrokenPipeError:  # as after `| head`; Python would say so once more when it flushes at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
+        with contextlib.suppress(OSError):
+            print("Nobody reads the output any more.", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return Interrupted.exit_code

@@ -132,3 +132,9 @@ def test_check_refuses_a_metric_that_nothing_measures(recipe_file, capsys):
     steered = {"eval_strategy": "epoch", "load_best_model_at_end": True, "metric_for_best_model": "bleu"}
     assert main(["check", str(recipe_file(training=steered))]) == 2
     assert "training.metric_for_best_model: bleu" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_is_no_traceback():
+    command = f"{sys.executable} -m lora_ft recipes --json | true"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+    assert done.returncode in (0, 1) and "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
