@@ -52,6 +52,8 @@ OUR_FIELDS: dict[str, dict[str, LibraryField]] = {
 """Fields of the libraries' sections that are ours, or that take more than the library does."""
 
 
+MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 1000
+"""What the file systems of Linux, macOS and Windows take for one name, and what leaves room below a folder."""
 TASK_DEFAULTS: dict[str, dict[str, Any]] = {
     "seq2seq": {"max_length": 512, "max_target_length": 128, "truncation": "context"},
 }
@@ -401,7 +403,7 @@ def _resolve_paths(recipe: Recipe, folder: Path, overridden: set[Key]) -> Recipe
 
     def resolve(text: str, *key: str | int) -> str:
         start = Path.cwd() if any(key[: len(k)] == k for k in overridden) else folder
-        return str((start / Path(text).expanduser()).resolve())
+        return str((start / _read_path(text, key)).resolve())
 
     model = recipe.model
     if not is_builtin(model.base) and (
@@ -426,8 +428,24 @@ def _resolve_paths(recipe: Recipe, folder: Path, overridden: set[Key]) -> Recipe
     evaluation = replace(evaluation, metrics=tuple(functions))
     if evaluation.general and not is_builtin(evaluation.general):
         evaluation = replace(evaluation, general=resolve(evaluation.general, "evaluation", "general"))
-    output_dir = Path(recipe.output_dir).expanduser().absolute()
+    output_dir = _read_path(str(recipe.output_dir), ("output_dir",)).absolute()
     return replace(recipe, output_dir=output_dir, model=model, data=data, evaluation=evaluation)
+
+
+def _read_path(text: str, key: Key) -> Path:
+    """A path with its `~` replaced.
+
+    Raises:
+        UserError: no file system takes it, or it begins with the home of nobody.
+    """
+    longest_name = max((len(part.encode()) for part in Path(text).parts), default=0)
+    if longest_name > MAX_NAME_BYTES or len(text.encode()) > MAX_PATH_BYTES:
+        rule = f"A file's name has at most {MAX_NAME_BYTES} bytes, and its whole path {MAX_PATH_BYTES}."
+        raise UserError(dotted(key), f"{text[:40]}…", rule, "Shorten it.")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise UserError(dotted(key), text[:80], "There is no home of that user here.", "Write the path out.") from None
 
 
 def _is_path(text: str) -> bool:

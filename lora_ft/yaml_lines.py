@@ -37,6 +37,15 @@ _Loader.add_implicit_resolver(
 )
 
 
+def _read_text(loader: _Loader, node: yaml.ScalarNode) -> str:
+    if found := re.search("[\0\ud800-\udfff]", node.value):
+        raise ValueError(f"{found.group()!a} is no character of a text")
+    return str(node.value)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:str", _read_text)
+
+
 @dataclass
 class Document:
     """The values of a YAML file and where each stands."""
@@ -116,7 +125,8 @@ def _to_value(node: yaml.Node, key: Key, document: Document) -> Any:
     try:
         return loader.construct_object(node)
     except ValueError as fault:
-        document.faults.append(Fault(document.place(key), node.value, f"{fault}.", "Quote it, or mend it."))
+        shown = node.value if node.value.isprintable() else ascii(node.value)
+        document.faults.append(Fault(document.place(key), shown, f"{fault}.", "Quote it, or mend it."))
         return None
     finally:
         loader.dispose()

@@ -196,3 +196,24 @@ def test_a_task_brings_defaults_of_its_own_which_are_written_down(tmp_path):
     assert "max_target_length: 128  # chosen: the default of seq2seq" in dump_recipe(recipe)
     assert load_recipe(write(tmp_path, dump_recipe(recipe))).data == recipe.data
     assert load_recipe(write(tmp_path, GOOD)).data.max_length == 1024
+
+
+PATHS = ["model.base={}", "output_dir={}", "data.sources.0.path=rows/{}", "evaluation.general={}"]
+
+
+@pytest.mark.parametrize("setting", PATHS)
+@pytest.mark.parametrize("name", ["x" * 300, "a/" * 600 + "x"])
+def test_names_that_no_disk_takes(tmp_path, setting, name):
+    message = faults_of(tmp_path, GOOD, setting.format(name))
+    assert "at most 255 bytes" in message and len(message) < 300
+
+
+def test_the_home_of_nobody(tmp_path):
+    assert "no home of that user" in faults_of(tmp_path, GOOD, "model.base=~nobody-of-this-name/base")
+
+
+@pytest.mark.parametrize("escape", ["\\0", "\\ud800"])
+def test_characters_that_are_no_text(tmp_path, escape):
+    message = faults_of(tmp_path, GOOD.replace("some/base", f'"a{escape}b"'))
+    assert "recipe.yaml:2" in message and "no character of a text" in message
+    assert message.encode() and "\0" not in message
