@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -80,6 +81,7 @@ def test_signal_saves_and_names_the_command_that_goes_on(recipe_file, tmp_path, 
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert f"Stopped by {number.name} after step" in err and "Traceback" not in err
+    assert re.search(r"training .* \d+/150 steps, .* left.*loss=", err), "the bar is seen, with the loss"
     (newest, *_) = list_checkpoints(run)
     assert f"{newest.name} is saved" in err and find_intact(run) == newest
     assert not (run / "adapter").exists()
