@@ -26,6 +26,7 @@ from lora_ft.training.checkpoint import (
 )
 from lora_ft.training.guards import FiniteGuard, non_finite, refuse_nan_metrics
 from lora_ft.training.meter import TokenMeter, wide_float
+from lora_ft.training.progress import Progress
 from lora_ft.training.steering import is_out_of_patience, rank_steps
 from lora_ft.training.stopping import StopRequest
 from lora_ft.training.watchdog import Watchdog
@@ -67,8 +68,13 @@ class LastingTrainer(Trainer):
             Interrupted: a signal asked for it; a checkpoint is saved.
             RunFailed: a loss, gradient or evaluation is not finite, or a checkpoint could not be written.
         """
-        with self._stop.listening(), self._watchdog.watching():
-            return super().train(*args, **kwargs)
+        try:
+            with self._stop.listening(), self._watchdog.watching():
+                return super().train(*args, **kwargs)
+        finally:
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, Progress):
+                    callback.close()
 
     # --- a step -----------------------------------------------------------------------------------------------------
 

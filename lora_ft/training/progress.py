@@ -35,7 +35,8 @@ class Progress(TrainerCallback):
             self._losses |= {name: logs[name] for name in ("loss", "eval_loss") if name in logs}
             self._bar.set_postfix({name: f"{loss:.3f}" for name, loss in self._losses.items()})
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def close(self) -> None:
+        """The bar left as it is, also where training ends by an error; what is said next has a line of its own."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
