@@ -26,22 +26,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stdout = sys.stdout
     options.emit = lambda value: print(json.dumps(value, indent=2, ensure_ascii=False, default=str), file=stdout)
     try:
-        with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
-            code = int(options.command(options) or 0)
-            sys.stdout.flush()
-            return code
-    except UserError as error:
-        return _report_error(error, options)
+        code = _run_command(options)
+        stdout.flush()
+        return code
     except BrokenPipeError:  # as after `| head`; Python would say so once more when it flushes at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
         with contextlib.suppress(OSError):
             print("Nobody reads the output any more.", file=sys.stderr)
         return 1
+
+
+def _run_command(options: argparse.Namespace) -> int:
+    """The exit code of the command; what a user can mend is reported."""
+    try:
+        with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
+            return int(options.command(options) or 0)
+    except UserError as error:
+        return _report_error(error, options)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return Interrupted.exit_code
     except OSError as error:
-        if error.filename is None and error.errno is None:
+        if isinstance(error, BrokenPipeError) or (error.filename is None and error.errno is None):
             raise
         fault = UserError(
             str(error.filename or "disk"), None, f"{error.strerror}.", "Mend this, then run the command again."

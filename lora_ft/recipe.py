@@ -10,17 +10,26 @@ import difflib
 import re
 import typing
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from lora_ft.builtin import is_builtin, locate_data, locate_recipe
+from lora_ft.builtin import is_builtin, locate_recipe
 from lora_ft.credentials import find_credentials
 from lora_ft.errors import Fault, UserError, raise_faults
 from lora_ft.library_fields import LIBRARY_CLASSES, LibraryField, accepts, describe, find_class, read_fields
-from lora_ft.sections import Choice, DataSection, EvaluationSection, ExportSection, GuardsSection, ModelSection, Recipe
+from lora_ft.recipe_paths import resolve_paths
+from lora_ft.sections import (
+    DEFAULT_TARGET_LENGTH,
+    Choice,
+    DataSection,
+    EvaluationSection,
+    ExportSection,
+    GuardsSection,
+    ModelSection,
+    Recipe,
+)
 from lora_ft.yaml_lines import Document, Key, dotted, parse_scalar, read_yaml
 
 OUR_SECTIONS: dict[str, Any] = {
@@ -51,11 +60,8 @@ OUR_FIELDS: dict[str, dict[str, LibraryField]] = {
 }
 """Fields of the libraries' sections that are ours, or that take more than the library does."""
 
-
-MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 1000
-"""What the file systems of Linux, macOS and Windows take for one name, and what leaves room below a folder."""
 TASK_DEFAULTS: dict[str, dict[str, Any]] = {
-    "seq2seq": {"max_length": 512, "max_target_length": 128, "truncation": "context"},
+    "seq2seq": {"max_length": 512, "max_target_length": DEFAULT_TARGET_LENGTH, "truncation": "context"},
 }
 """Values of the data section that a task has where a recipe says nothing: T5 was trained on 512 tokens, and a question
 that loses its end is another question."""
@@ -161,7 +167,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     recipe = _build_recipe(document, faults)
     raise_faults(faults)
     assert recipe is not None
-    return _resolve_paths(recipe, file.resolve().parent, overridden)
+    return resolve_paths(recipe, file.resolve().parent, overridden)
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -256,8 +262,9 @@ def _build_recipe(document: Document, faults: list[Fault]) -> Recipe | None:
         faults.append(Fault(document.place(("output_dir",)), values["output_dir"], "A folder is text.", "Quote it."))
     task = values["data"].get("task", "sft") if isinstance(values.get("data"), dict) else "sft"
     defaults = TASK_DEFAULTS.get(task, {}) if isinstance(task, str) else {}
-    if defaults:
-        values = {**values, "data": {**defaults, **values["data"]}}
+    left_open = {name: value for name, value in defaults.items() if name not in values["data"]}
+    if left_open:
+        values = {**values, "data": {**values["data"], **left_open}}
     sections: dict[str, Any] = {
         name: _build_section(cls, values[name], (name,), document, faults)
         for name, cls in OUR_SECTIONS.items()
@@ -269,10 +276,7 @@ def _build_recipe(document: Document, faults: list[Fault]) -> Recipe | None:
     _check_together(values, document, faults)
     if faults:
         return None
-    given = document.values.get("data") or {}
-    choices = tuple(
-        Choice(f"data.{name}", value, f"the default of {task}") for name, value in defaults.items() if name not in given
-    )
+    choices = tuple(Choice(f"data.{name}", value, f"the default of {task}") for name, value in left_open.items())
     return Recipe(output_dir=Path(values["output_dir"]), choices=choices, **sections)
 
 
@@ -396,66 +400,6 @@ def _unknown(document: Document, key: Key, value: Any, known: Iterable[str], rul
         f'Did you mean "{close[0]}"?' if close else f"Known: {', '.join(names[:12])}{', …' if len(names) > 12 else '.'}"
     )
     return Fault(document.place(key), shown, rule, fix)
-
-
-def _resolve_paths(recipe: Recipe, folder: Path, overridden: set[Key]) -> Recipe:
-    """The same recipe with every local path absolute."""
-
-    def resolve(text: str, *key: str | int) -> str:
-        start = Path.cwd() if any(key[: len(k)] == k for k in overridden) else folder
-        return str((start / _read_path(text, key)).resolve())
-
-    model = recipe.model
-    if not is_builtin(model.base) and (
-        Path(base := resolve(model.base, "model", "base")).exists() or _is_path(model.base)
-    ):
-        model = replace(model, base=base)
-    if model.adapter:
-        model = replace(model, adapter=resolve(model.adapter, "model", "adapter"))
-    sources = []
-    for index, source in enumerate(recipe.data.sources):
-        if is_builtin(source.path):
-            locate_data(source.path)
-        else:
-            local = resolve(source.path, "data", "sources", index, "path")
-            source = replace(source, path=source.path if _is_hub_id(source.path, local) else local)
-        sources.append(source)
-    data = replace(recipe.data, sources=tuple(sources))
-    if data.chat_template:
-        data = replace(data, chat_template=resolve(data.chat_template, "data", "chat_template"))
-    evaluation = recipe.evaluation
-    functions = (resolve(name, "evaluation", "metrics") if ":" in name else name for name in evaluation.metrics)
-    evaluation = replace(evaluation, metrics=tuple(functions))
-    if evaluation.general and not is_builtin(evaluation.general):
-        evaluation = replace(evaluation, general=resolve(evaluation.general, "evaluation", "general"))
-    output_dir = _read_path(str(recipe.output_dir), ("output_dir",)).absolute()
-    return replace(recipe, output_dir=output_dir, model=model, data=data, evaluation=evaluation)
-
-
-def _read_path(text: str, key: Key) -> Path:
-    """A path with its `~` replaced.
-
-    Raises:
-        UserError: no file system takes it, or it begins with the home of nobody.
-    """
-    longest_name = max((len(part.encode()) for part in Path(text).parts), default=0)
-    if longest_name > MAX_NAME_BYTES or len(text.encode()) > MAX_PATH_BYTES:
-        rule = f"A file's name has at most {MAX_NAME_BYTES} bytes, and its whole path {MAX_PATH_BYTES}."
-        raise UserError(dotted(key), f"{text[:40]}…", rule, "Shorten it.")
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:
-        raise UserError(dotted(key), text[:80], "There is no home of that user here.", "Write the path out.") from None
-
-
-def _is_path(text: str) -> bool:
-    """Whether a base is meant as a folder, though none is there: a Hub id is `NAME` or `ORGANISATION/NAME`."""
-    return text.startswith((".", "~", "/")) or text.count("/") > 1
-
-
-def _is_hub_id(text: str, local: str) -> bool:
-    """Whether a source is a Hub data set: of the form ORGANISATION/NAME, without a suffix, and nothing lies there."""
-    return text.count("/") == 1 and not _is_path(text) and not Path(text).suffix and not Path(local).exists()
 
 
 def check_buildable(section: str, build: Callable[..., Any], values: dict[str, Any], place: str) -> Any:

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 Task = Literal["sft", "classification", "seq2seq"]
 Split = Literal["train", "validation", "test"]
+DEFAULT_TARGET_LENGTH = 128
+"""Tokens of an answer that a decoder writes, where nobody says otherwise."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ FLOORS = {
     "yaml_lines": 0,
     "credentials": 0,
     "recipe": 0,
+    "recipe_paths": 0,
     "data": 1,
     "model": 2,
     "training": 3,

@@ -18,12 +18,10 @@ from lora_ft.data.fitting import Fitted, fit_document, replace_context
 from lora_ft.data.render import Document, Renderer
 from lora_ft.data.store import TOKENS
 from lora_ft.errors import Fault
-from lora_ft.sections import DataSection
+from lora_ft.sections import DEFAULT_TARGET_LENGTH, DataSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-DEFAULT_TARGET_LENGTH = 128
 
 
 class Task(Protocol):

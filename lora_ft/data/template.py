@@ -30,14 +30,15 @@ class ChatTemplate:
 
     def __init__(self, source: str, tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any]):
         from jinja2.exceptions import TemplateError
-        from transformers.utils.chat_template_utils import _cached_compile_jinja_template as compile_template
+        from transformers.utils.chat_template_utils import _cached_compile_jinja_template as compile_anew
+        from transformers.utils.chat_template_utils import _compile_jinja_template as compile_once
 
         self.source = source
         self.has_marks = GENERATION_MARK.search(source) is not None
         """Whether the template itself says what is learned, with `{% generation %}`."""
         try:
-            self._compiled = compile_template(source)
-            self._tracked = compile_template(source)
+            self._compiled = compile_once(source)
+            self._tracked = compile_anew(source) if self.has_marks else self._compiled
         except TemplateError as error:
             rule = f"The chat template is not Jinja: {error}."
             raise UserError("data.chat_template", None, rule, "Mend it, or give another.") from None

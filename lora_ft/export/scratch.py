@@ -1,4 +1,4 @@
-"""Memory a worker of a merge uses again for every piece, as new pages from the kernel cost more than the arithmetic."""
+"""Memory a worker of a merge uses again for every piece; with new pages for each, the kernel took twice its time."""
 
 from __future__ import annotations
 

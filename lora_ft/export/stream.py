@@ -20,7 +20,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_ft.errors import RunFailed
-from lora_ft.export.checkpoint import Place, StoredTensor, count_elements, read_stored, read_values, torch_dtype
+from lora_ft.export.checkpoint import (
+    Place,
+    StoredTensor,
+    count_elements,
+    extremes,
+    read_stored,
+    read_values,
+    torch_dtype,
+)
 from lora_ft.export.merge_plan import MergedTensor
 from lora_ft.export.packed import unpack
 from lora_ft.export.requantize import round_trip
@@ -181,12 +189,6 @@ def merge_piece(value: torch.Tensor, tensor: MergedTensor, block: Block) -> torc
 def recast(value: torch.Tensor, dtype: torch.dtype, role: str) -> torch.Tensor:
     """`value` in `dtype`, in the scratch memory of `role` if it has to move."""
     return value if value.dtype == dtype else SCRATCH.take(role, tuple(value.shape), dtype).copy_(value)
-
-
-def extremes(value: torch.Tensor) -> tuple[float, float]:
-    """The smallest and the largest value, NaN if there is one: much faster than to ask each whether it is finite."""
-    low, high = value.aminmax()
-    return low.item(), high.item()
 
 
 def read_held(tensor: MergedTensor) -> torch.Tensor | None:

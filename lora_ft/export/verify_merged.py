@@ -8,12 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lora_ft.errors import UserError
-from lora_ft.export.checkpoint import FLOATS, StoredTensor, place_tensors, read_checkpoint, torch_dtype
+from lora_ft.export.checkpoint import FLOATS, StoredTensor, extremes, place_tensors, read_checkpoint, torch_dtype
 from lora_ft.export.finding import Finding, check_answers, check_files
 from lora_ft.export.fresh import ask_fresh
 from lora_ft.export.merge_report import MergeReport, read_report
 from lora_ft.export.skeleton import architecture_class, empty_model, read_config
-from lora_ft.export.stream import extremes
 from lora_ft.fingerprint import CHUNK_BYTES, start_digest
 
 
