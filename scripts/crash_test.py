@@ -194,7 +194,10 @@ def kill_runs(folder: Path, options: argparse.Namespace, findings: Findings) -> 
         recipe = write_recipe(folder, f"run-{number}", options.steps)
         run, newest = folder / f"run-{number}", 0
         while not is_finished(run) and not findings.faults:
-            kill_once(recipe, options.ranks, draw.uniform(0, duration), findings, draw)
+            if findings.counts["kills"] < options.kills and time.monotonic() < until:
+                kill_once(recipe, options.ranks, draw.uniform(0, duration), findings, draw)
+            elif wrong := leave_alone(recipe, options.ranks):
+                findings.faults.append(f"a run that nobody killed ended with {wrong}")
             newest = check_folder(run, newest, findings)
         found = adapter_hash(run) if is_finished(run) else "none"
         if found != expected:
@@ -210,13 +213,19 @@ def undisturbed(folder: Path, options: argparse.Namespace) -> tuple[str, float]:
     for name in ("warm", "reference"):
         recipe = write_recipe(folder, name, options.steps)
         started = time.monotonic()
-        children = start_run(recipe, options.ranks)
-        codes = wait_for(children, WAIT_SECONDS)
-        end_all(children, codes)
-        if set(codes.values()) != {0}:
+        if leave_alone(recipe, options.ranks):
             raise SystemExit(recipe.with_suffix(".log").read_text()[-4000:])
         duration = time.monotonic() - started
     return adapter_hash(folder / "reference"), duration
+
+
+def leave_alone(recipe: Path, ranks: int) -> list[str]:
+    """What went wrong in a run that nobody kills: exit codes, and processes that did not end in time."""
+    children = start_run(recipe, ranks)
+    codes = wait_for(children, WAIT_SECONDS)
+    end_all(children, codes)
+    stuck = ["no end"] * (len(children) - len(codes))
+    return stuck + [f"exit code {code}" for code in codes.values() if code]
 
 
 def kill_once(recipe: Path, ranks: int, seconds: float, findings: Findings, draw: random.Random) -> None:
