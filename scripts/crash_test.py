@@ -121,12 +121,17 @@ def write_recipe(folder: Path, name: str, steps: int, **training: Any) -> Path:
 
 
 def run_training(recipe: Path) -> None:
-    """The recipe, in this process. The saved adapter is checked by its hashes: a fresh process for it takes seconds."""
+    """The recipe, in this process.
+
+    A fresh one takes seconds to import what it needs, so the saved adapter is checked by its hashes, and what several
+    ranks trained is evaluated here.
+    """
     import lora_ft.run
     from lora_ft.export.verify import verify_folder
     from lora_ft.recipe import load_recipe
 
     lora_ft.run.verify_saved = lambda adapter: verify_folder(adapter, quick=True).to_json()
+    lora_ft.run.evaluate_in_new_process = lora_ft.run.evaluate_run
     lora_ft.run.run_recipe(load_recipe(recipe), quiet=True)
 
 

@@ -1,6 +1,8 @@
 """What all tests share: no network, no telemetry, and a base small enough to train in a second."""
 
 import os
+import subprocess
+from collections.abc import Callable
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, and threads that wait for a core spin
@@ -65,6 +67,20 @@ def make_base(folder: Path, **settings) -> Path:
     LlamaForCausalLM(LlamaConfig(**{**shape, **settings})).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def lora_ft(capsys) -> Callable[..., subprocess.CompletedProcess]:
+    """The command in this process, where all is imported; gives what `subprocess.run` would of one of its own."""
+
+    def run(*words) -> subprocess.CompletedProcess:
+        from lora_ft.cli import main
+
+        capsys.readouterr()
+        code = main([*map(str, words)])
+        return subprocess.CompletedProcess(words, code, *capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.test_run import NF4, lora_ft, stock
+from tests.test_run import NF4, stock
 
 SPAM = ["win a free prize now", "free entry call now", "you have won a free phone", "claim your free prize"]
 HAM = ["see you at the station", "are you home yet", "dinner is at seven", "call me when you are there"]
@@ -79,7 +79,7 @@ def run(path, *overrides):
     return run_recipe(load_recipe(path, overrides), quiet=True)
 
 
-def test_the_whole_way_in_4_bit(class_recipe, tmp_path):
+def test_the_whole_way_in_4_bit(class_recipe, tmp_path, lora_ft):
     """Failure mode 30, and the classes' names: adapter, merged model, figures, and the command's words."""
     learn = {"max_steps": 60, "learning_rate": 1e-2, "per_device_train_batch_size": 8}
     path = class_recipe(quantization=NF4, training=learn, export={"merge": True})
@@ -250,6 +250,6 @@ def test_all_linear_in_some_layers_is_refused(class_recipe):
         ("training.use_liger=true", "transformers.TrainingArguments"),
     ],
 )
-def test_what_a_classifier_has_no_use_for_is_refused(class_recipe, override, expected):
+def test_what_a_classifier_has_no_use_for_is_refused(class_recipe, override, expected, lora_ft):
     done = lora_ft("check", class_recipe(), override, "--no-data")
     assert done.returncode == 2 and expected in done.stderr

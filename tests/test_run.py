@@ -12,7 +12,7 @@ import yaml
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 
 
-def lora_ft(*words, **environment):
+def run_command(*words, **environment):
     """The command in a process of its own, as a user runs it."""
     return subprocess.run(
         [sys.executable, "-m", "lora_ft", *map(str, words)],
@@ -49,7 +49,7 @@ def finished(tmp_path_factory, tiny_base, chat_rows):
     }
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    done = lora_ft("train", path, "--json")
+    done = run_command("train", path, "--json")
     assert done.returncode == 0, done.stderr
     return folder / "run", json.loads(done.stdout)
 
@@ -148,7 +148,7 @@ def test_template_renders_alike_everywhere(finished, tiny_base, chat_rows):
     assert len(rendered) == 1
 
 
-def test_verify_accepts_the_run_and_refuses_a_changed_one(finished, tmp_path):
+def test_verify_accepts_the_run_and_refuses_a_changed_one(finished, tmp_path, lora_ft):
     """Failure mode 39."""
     import shutil
 
@@ -165,7 +165,7 @@ def test_verify_accepts_the_run_and_refuses_a_changed_one(finished, tmp_path):
     assert done.returncode == 1 and "adapter_model.safetensors" in done.stdout
 
 
-def test_evaluate_again_gives_the_same_figures(finished):
+def test_evaluate_again_gives_the_same_figures(finished, lora_ft):
     folder, manifest = finished
     done = lora_ft("evaluate", folder, "--json")
     assert done.returncode == 0, done.stderr
@@ -189,7 +189,7 @@ def test_chat_answers_from_a_pipe(finished, chat_rows):
     assert all(turn["base"] != answer for turn in turns)
 
 
-def test_finished_run_is_not_overwritten(finished):
+def test_finished_run_is_not_overwritten(finished, lora_ft):
     folder, _ = finished
     before = (folder / "run.json").read_bytes()
     done = lora_ft("train", folder / "recipe.yaml")
@@ -233,7 +233,7 @@ def test_loss_is_on_answers_only(finished, chat_rows, tiny_base):
         ("lora.target_modules=[q_proj, nonesuch_2]", ""),
     ],
 )
-def test_refusals_write_nothing(recipe_file, tmp_path, override, expected):
+def test_refusals_write_nothing(recipe_file, tmp_path, override, expected, lora_ft):
     done = lora_ft("train", recipe_file(), override)
     if expected:
         assert done.returncode == 2, done.stderr
@@ -247,7 +247,7 @@ def test_interrupted_run_goes_on_to_the_same_adapter(recipe_file, tmp_path):
     """A run that ends after its first checkpoint, then the same command again."""
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
     path = recipe_file(training=settings, evaluation={"generate": 0})
-    whole = lora_ft("train", path, f"output_dir={tmp_path / 'whole'}")
+    whole = run_command("train", path, f"output_dir={tmp_path / 'whole'}")
     assert whole.returncode == 0, whole.stderr
     stop_early = (
         "import sys, transformers\n"
@@ -263,6 +263,6 @@ def test_interrupted_run_goes_on_to_the_same_adapter(recipe_file, tmp_path):
     )
     killed = subprocess.run([sys.executable, "-c", stop_early, "train", str(path)], capture_output=True, text=True)
     assert killed.returncode == 9, killed.stderr
-    resumed = lora_ft("train", path, "--json")
+    resumed = run_command("train", path, "--json")
     assert resumed.returncode == 0, resumed.stderr
     assert adapter_hash(tmp_path / "run") == adapter_hash(tmp_path / "whole")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.test_run import lora_ft, stock
+from tests.test_run import stock
 
 COLOURS, SHAPES = ("red", "green", "blue", "white"), ("one", "two", "three", "four", "five")
 ANSWER = """
@@ -70,7 +70,7 @@ def answer_recipe(recipe_file, tiny_t5, tmp_path):
     return write
 
 
-def test_the_whole_way(answer_recipe, tmp_path):
+def test_the_whole_way(answer_recipe, tmp_path, lora_ft):
     """Train, verify, evaluate, merge; the merged model answers by itself as it did in the evaluation."""
     learn = {"max_steps": 40, "learning_rate": 2e-2, "per_device_train_batch_size": 8}
     done = lora_ft("train", answer_recipe(training=learn, export={"merge": True}))
@@ -148,7 +148,7 @@ def test_the_loss_is_that_of_the_model_over_answers_alone(tiny_t5):
         "quantization={load_in_4bit: true, bnb_4bit_compute_dtype: float16}",
     ],
 )
-def test_half_precision_is_refused(answer_recipe, tmp_path, override):
+def test_half_precision_is_refused(answer_recipe, tmp_path, override, lora_ft):
     """Failure mode 32."""
     done = lora_ft("train", answer_recipe(), override)
     assert done.returncode == 2 and "overflows to NaN" in done.stderr and "Traceback" not in done.stderr
@@ -166,7 +166,7 @@ def test_a_gpu_without_bfloat16_reads_t5_in_float32():
 
 
 @pytest.mark.parametrize(("task", "kind"), [("seq2seq", "causal"), ("sft", "t5")])
-def test_a_base_of_another_kind_is_refused(answer_recipe, tiny_base, tmp_path, task, kind):
+def test_a_base_of_another_kind_is_refused(answer_recipe, tiny_base, tmp_path, task, kind, lora_ft):
     sections = {"model": {"base": str(tiny_base), "dtype": "float32"}} if kind == "causal" else {}
     overrides = [] if task == "seq2seq" else ["data.task=sft", "data.truncation=keep_start"]
     done = lora_ft("train", answer_recipe(**sections), *overrides)
