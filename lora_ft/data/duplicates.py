@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,12 +28,14 @@ NUM_BANDS, BAND_SIZE = 16, 8
 RUN_WORDS = 3
 THRESHOLD = 0.8
 """Jaccard index from which two rows count as near duplicates."""
+CACHED_ROWS = 64
+"""Rows whose runs are kept: the first row of a bucket is compared with all others in it."""
 
 _ALONE = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 _WORDS = re.compile(f"[{_ALONE}]|[^\\W{_ALONE}]+").findall
 """Words; in scripts that write no spaces, each character."""
 _RANDOM = np.random.default_rng(20240726)
-_FACTORS = _RANDOM.integers(1, 1 << 63, NUM_BANDS * BAND_SIZE, dtype=np.uint64) | np.uint64(1)
+_FACTORS = _RANDOM.integers(1, 1 << 32, (NUM_BANDS * BAND_SIZE, 1), dtype=np.uint32) | np.uint32(1)
 _MIXERS = _RANDOM.integers(1, 1 << 63, max(RUN_WORDS, BAND_SIZE), dtype=np.uint64) | np.uint64(1)
 
 
@@ -45,10 +48,16 @@ def hash_runs(text: str) -> np.ndarray:
     return np.asarray(mixed) ^ (np.asarray(mixed) >> np.uint64(29))
 
 
+def find_runs(text: str) -> np.ndarray:
+    """The runs of a text as a sorted set of their hashes, uint64."""
+    return np.unique(hash_runs(text))
+
+
 def sign_bands(runs: np.ndarray) -> np.ndarray:
     """One number a band for a set of runs, uint32 [NUM_BANDS]: equal in two rows where all minima of the band are."""
-    minima = (runs[:, None] * _FACTORS[None, :]).min(axis=0).reshape(NUM_BANDS, BAND_SIZE)
-    mixed = (minima * _MIXERS[None, :BAND_SIZE]).sum(axis=1, dtype=np.uint64)
+    short = (runs >> np.uint64(32)).astype(np.uint32)
+    minima = (_FACTORS * short).min(axis=1).reshape(NUM_BANDS, BAND_SIZE)
+    mixed = (minima * _MIXERS[:BAND_SIZE]).sum(axis=1, dtype=np.uint64)
     return (mixed >> np.uint64(32)).astype(np.uint32)
 
 
@@ -58,13 +67,14 @@ def find_near_duplicates(texts: Iterable[str], num_rows: int, read: Callable[[in
     `texts` are all rows in order; `read` gives the text of one row again, for the comparison.
     """
     first = np.arange(num_rows, dtype=np.int64)
+    read_runs = lru_cache(maxsize=CACHED_ROWS)(lambda row: find_runs(read(row)))
     with TemporaryDirectory() as folder:
         bands = np.memmap(Path(folder) / "bands", dtype=np.uint32, mode="w+", shape=(NUM_BANDS, max(num_rows, 1)))
         for row, text in enumerate(texts):
             bands[:, row] = sign_bands(hash_runs(text))
         for band in bands:
             for left, right in _candidates(band[:num_rows]):
-                if _root(first, left) != _root(first, right) and is_similar(read(left), read(right)):
+                if _root(first, left) != _root(first, right) and share_runs(read_runs(left), read_runs(right)):
                     roots = sorted((_root(first, left), _root(first, right)))
                     first[roots[1]] = roots[0]
         del bands
@@ -73,11 +83,10 @@ def find_near_duplicates(texts: Iterable[str], num_rows: int, read: Callable[[in
     return first
 
 
-def is_similar(left: str, right: str) -> bool:
-    """Whether two texts share at least THRESHOLD of their runs."""
-    one, other = np.unique(hash_runs(left)), np.unique(hash_runs(right))
-    shared = len(np.intersect1d(one, other, assume_unique=True))
-    return shared >= THRESHOLD * (len(one) + len(other) - shared)
+def share_runs(left: np.ndarray, right: np.ndarray) -> bool:
+    """Whether two sets of runs have at least THRESHOLD of their elements in common."""
+    shared = len(np.intersect1d(left, right, assume_unique=True))
+    return shared >= THRESHOLD * (len(left) + len(right) - shared)
 
 
 def _candidates(band: np.ndarray) -> Iterator[tuple[int, int]]:

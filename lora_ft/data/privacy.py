@@ -30,8 +30,9 @@ class Recogniser:
 
     name: str
     """What it is; `[NAME]` takes its place in redacted text."""
-    hint: str
-    """A pattern that is quick to search; where it finds nothing, `pattern` is not tried."""
+    hint: tuple[str, ...] | re.Pattern[str]
+    """Strings of which one stands in whatever has the form, or a pattern that is quick to search; without it, `pattern`
+    is not tried."""
     pattern: str
     """The form."""
     is_valid: Callable[[str], bool] = lambda found: True
@@ -56,39 +57,44 @@ def _is_phone(found: str) -> bool:
     return 8 <= len(re.sub(r"\D", "", found)) <= 15
 
 
+CODICE_FISCALE = r"\b[A-Z]{6}\d\d[A-Z]\d\d[A-Z]\d{3}[A-Z]\b"
+IPV4 = r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w.]*\d)"
 IPV6 = r"(?<![\w:])(?:[\da-fA-F]{1,4}:){2,7}(?::?[\da-fA-F]{1,4})+(?![\w:])"
+MANY_DIGITS = re.compile(r"\d(?:[ .()/-]{0,2}\d){6}")
+"""Seven digits or more that belong together: what most numbers of a person have."""
+GITHUB_TOKENS = ("ghp_", "gho_", "ghu_", "ghs_", "ghr_")
 PEM = r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]+-----|$)"
 PHONE_ABROAD = r"(?<![\w.])(?:\+|(?<!\d[ -])00)[1-9]\d{0,2}(?:[ .()/-]{0,2}\d){6,12}(?!\d)"
 PHONE_AMERICAN = r"(?<![\w.-])(?:\(\d{3}\) ?|\d{3}[.-])\d{3}[.-]\d{4}(?![\w-])"
 
 RECOGNISERS = (
-    Recogniser("PRIVATE_KEY", "-----BEGIN", PEM, is_secret=True),
-    Recogniser("API_KEY", "sk-|[rs]k_live_", r"\b(?:sk-|[rs]k_live_)[A-Za-z0-9_-]{20,}", is_secret=True),
-    Recogniser("API_KEY", "A[KS]IA", r"\bA[KS]IA[0-9A-Z]{16}\b", is_secret=True),
-    Recogniser("API_KEY", "gh[pousr]_", r"\bgh[pousr]_[A-Za-z0-9]{36,}", is_secret=True),
-    Recogniser("API_KEY", "github_pat_", r"\bgithub_pat_\w{50,}", is_secret=True),
-    Recogniser("API_KEY", "hf_", r"\bhf_[A-Za-z0-9]{30,}", is_secret=True),
-    Recogniser("API_KEY", "AIza", r"\bAIza[0-9A-Za-z_-]{35}", is_secret=True),
-    Recogniser("API_KEY", "xox", r"\bxox[abeoprs]-[0-9A-Za-z-]{10,}", is_secret=True),
-    Recogniser("TOKEN", "eyJ", r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}", is_secret=True),
-    Recogniser("PASSWORD", "://", r"(?<=://)[^\s:/@]+:[^\s:/@]+(?=@)", is_secret=True),
-    Recogniser("EMAIL", "@", r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+"),
-    Recogniser("IBAN", r"[A-Z]{2}\d\d", r"\b[A-Z]{2}\d\d(?: ?[A-Z0-9]){11,30}\b", iban.is_valid),
-    Recogniser("CARD", r"\d{4}[ -]?\d{4}", r"\b\d(?:[ -]?\d){12,18}\b", _is_card),
-    Recogniser("NATIONAL_ID", r"\d-\d\d-\d", r"\b\d{3}-\d\d-\d{4}\b", ssn.is_valid),
-    Recogniser("NATIONAL_ID", r"\d{7}-?[A-Z]", r"\b[XYZ\d]\d{7}-?[A-Z]\b", nif.is_valid),
-    Recogniser("NATIONAL_ID", r"[A-Z]{6}\d\d", r"\b[A-Z]{6}\d\d[A-Z]\d\d[A-Z]\d{3}[A-Z]\b", codicefiscale.is_valid),
-    Recogniser("NATIONAL_ID", r"[12] ?\d\d ?\d\d", r"\b[12] ?\d\d ?\d\d ?\w\w ?\d{3} ?\d{3} ?\d\d\b", nir.is_valid),
-    Recogniser("NATIONAL_ID", r"\d{4} \d{4} \d", r"\b\d{4} \d{4} \d{4}\b", aadhaar.is_valid),
-    Recogniser("NATIONAL_ID", r"\d{3}\.\d{3}\.", r"\b\d{3}\.\d{3}\.\d{3}-\d\d\b", cpf.is_valid),
-    Recogniser("IP_ADDRESS", r"\d\.\d{1,3}\.", r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w.]*\d)", _is_public_address),
-    Recogniser("IP_ADDRESS", r"[\da-f]:[\da-f]", IPV6, _is_public_address),
-    Recogniser("PHONE", r"\+\d|00[1-9]\d", PHONE_ABROAD, _is_phone),
-    Recogniser("PHONE", r"\d{3}\)? ?[.-]?\d{3}[.-]\d", PHONE_AMERICAN),
+    Recogniser("PRIVATE_KEY", ("-----BEGIN",), PEM, is_secret=True),
+    Recogniser("API_KEY", ("sk-", "k_live_"), r"\b(?:sk-|[rs]k_live_)[A-Za-z0-9_-]{20,}", is_secret=True),
+    Recogniser("API_KEY", ("AKIA", "ASIA"), r"\bA[KS]IA[0-9A-Z]{16}\b", is_secret=True),
+    Recogniser("API_KEY", GITHUB_TOKENS, r"\bgh[pousr]_[A-Za-z0-9]{36,}", is_secret=True),
+    Recogniser("API_KEY", ("github_pat_",), r"\bgithub_pat_\w{50,}", is_secret=True),
+    Recogniser("API_KEY", ("hf_",), r"\bhf_[A-Za-z0-9]{30,}", is_secret=True),
+    Recogniser("API_KEY", ("AIza",), r"\bAIza[0-9A-Za-z_-]{35}", is_secret=True),
+    Recogniser("API_KEY", ("xox",), r"\bxox[abeoprs]-[0-9A-Za-z-]{10,}", is_secret=True),
+    Recogniser("TOKEN", ("eyJ",), r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}", is_secret=True),
+    Recogniser("PASSWORD", ("://",), r"(?<=://)[^\s:/@]+:[^\s:/@]+(?=@)", is_secret=True),
+    Recogniser("EMAIL", ("@",), r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+"),
+    Recogniser("IBAN", re.compile(r"[A-Z]{2}\d\d"), r"\b[A-Z]{2}\d\d(?: ?[A-Z0-9]){11,30}\b", iban.is_valid),
+    Recogniser("CARD", MANY_DIGITS, r"\b\d(?:[ -]?\d){12,18}\b", _is_card),
+    Recogniser("NATIONAL_ID", MANY_DIGITS, r"\b\d{3}-\d\d-\d{4}\b", ssn.is_valid),
+    Recogniser("NATIONAL_ID", MANY_DIGITS, r"\b[XYZ\d]\d{7}-?[A-Z]\b", nif.is_valid),
+    Recogniser("NATIONAL_ID", re.compile(r"[A-Z]{6}\d\d"), CODICE_FISCALE, codicefiscale.is_valid),
+    Recogniser("NATIONAL_ID", MANY_DIGITS, r"\b[12] ?\d\d ?\d\d ?\w\w ?\d{3} ?\d{3} ?\d\d\b", nir.is_valid),
+    Recogniser("NATIONAL_ID", MANY_DIGITS, r"\b\d{4} \d{4} \d{4}\b", aadhaar.is_valid),
+    Recogniser("NATIONAL_ID", MANY_DIGITS, r"\b\d{3}\.\d{3}\.\d{3}-\d\d\b", cpf.is_valid),
+    Recogniser("IP_ADDRESS", re.compile(r"\d\.\d{1,3}\."), IPV4, _is_public_address),
+    Recogniser("IP_ADDRESS", re.compile(r"[\da-fA-F]:[\da-fA-F]"), IPV6, _is_public_address),
+    Recogniser("PHONE", MANY_DIGITS, PHONE_ABROAD, _is_phone),
+    Recogniser("PHONE", MANY_DIGITS, PHONE_AMERICAN),
 )
 """What is looked for, in this order; what an earlier one has taken a later one does not see."""
 
-_SEARCHES = tuple((kind, re.compile(kind.hint).search, re.compile(kind.pattern).finditer) for kind in RECOGNISERS)
+_SEARCHES = tuple((kind, re.compile(kind.pattern).finditer) for kind in RECOGNISERS)
 SECRETS = frozenset(kind.name for kind in RECOGNISERS if kind.is_secret)
 """Kinds that open something."""
 
@@ -108,14 +114,19 @@ class Finding:
 def find_private(text: str) -> list[Finding]:
     """What is private in a text, in order, without overlaps."""
     found: list[Finding] = []
-    for kind, hint, matches in _SEARCHES:
-        if hint(text):
+    has_many_digits = MANY_DIGITS.search(text) is not None
+    for kind, matches in _SEARCHES:
+        if has_many_digits if kind.hint is MANY_DIGITS else _has_hint(text, kind.hint):
             found += [
                 Finding(kind.name, match.start(), match.end())
                 for match in matches(text)
                 if kind.is_valid(match.group()) and not any(_overlap(match, other) for other in found)
             ]
     return sorted(found, key=lambda finding: finding.start)
+
+
+def _has_hint(text: str, hint: tuple[str, ...] | re.Pattern[str]) -> bool:
+    return any(part in text for part in hint) if isinstance(hint, tuple) else hint.search(text) is not None
 
 
 def _overlap(match: re.Match[str], other: Finding) -> bool:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lora_ft.data.duplicates import find_near_duplicates, is_similar
+from lora_ft.data.duplicates import find_near_duplicates, find_runs, share_runs
 
 WORDS = [f"word{n}" for n in range(400)]
 
@@ -18,6 +18,10 @@ def change(text, number) -> str:
     for index in range(number):
         words[7 * index] = f"other{index}"
     return " ".join(words)
+
+
+def is_similar(left, right) -> bool:
+    return share_runs(find_runs(left), find_runs(right))
 
 
 def find(texts):
