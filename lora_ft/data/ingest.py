@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -39,66 +38,79 @@ class FaultList:
         elif self._refuses:
             self.raise_refused("… and more bad rows")
 
+    @property
+    def is_refused(self) -> bool:
+        """Whether the rows will be refused, whatever else is found."""
+        return self._refuses and self.count > 0
+
     def raise_refused(self, place: str = "") -> None:
         """Nothing where bad rows are skipped or there are none; otherwise one error with the first of them."""
-        if self._refuses and self.count:
+        if self.is_refused:
             hint = Fault(place or f"{self.count} bad rows", None, "", "To leave them out, set data.on_bad_row: skip.")
             raise UserError.of([*self.first, hint])
 
 
-@dataclass(frozen=True)
-class Ingested:
-    """What is known of the rows that became Examples."""
+class Ingest:
+    """Rows of all sources on their way in: each becomes an Example on disk, and a few numbers in memory."""
 
-    index: RowIndex
-    """What the deal needs, one entry a row."""
-    labels: tuple[str, ...]
-    """Names of the classes, in the order of their numbers."""
-    redacted: Counter[str] = field(default_factory=Counter)
-    """Stretches of private data that were masked, by kind."""
+    def __init__(self, sources: Sequence[Source], section: DataSection, is_chat: bool, faults: FaultList):
+        """Bad rows go to `faults`. With `is_chat` questions and answers become conversations, otherwise plain text."""
+        self._sources, self._section, self._is_chat, self._faults = sources, section, is_chat, faults
+        self._questions, self._texts, self._labels, self._numbers = array("Q"), array("Q"), array("i"), array("i")
+        self.class_numbers: dict[str | None, int] = {}
+        """Classes, numbered as they are met; None where a row has none."""
+        self.num_skipped = 0
+        """Bad rows."""
+        self.redacted: Counter[str] = Counter()
+        """Stretches of private data that were masked, by kind."""
 
+    def read_chunks(self, path: Path) -> Iterator[list[Example]]:
+        """The Examples, CHUNK_ROWS at a time, when they are in the file `path`; none any more once rows are refused."""
+        with ExampleFile.open_writer(path) as writer:
+            for chunk in chunked(self._read_good()):
+                writer.write([line for _, _, line in chunk])
+                for number, example, _ in chunk:
+                    question, text = hash_example(example)
+                    self._questions.append(question)
+                    self._texts.append(text)
+                    self._labels.append(self.class_numbers.setdefault(example.label, len(self.class_numbers)))
+                    self._numbers.append(number)
+                if not self._faults.is_refused:
+                    yield [example for _, example, _ in chunk]
 
-def write_examples(
-    path: Path, sources: Sequence[Source], section: DataSection, is_chat: bool, faults: FaultList
-) -> Ingested:
-    """All rows of all sources as Examples in the file `path`; bad rows go to `faults`.
+    def order_classes(self) -> tuple[np.ndarray, tuple[str, ...]]:
+        """For each of `class_numbers` the number in the order of names (-1 for none); and the names."""
+        ordered = tuple(sorted((name for name in self.class_numbers if name is not None), key=_label_order))
+        numbers = {name: number for number, name in enumerate(ordered)}
+        return np.array([numbers.get(name or "", -1) for name in self.class_numbers], dtype=np.int32), ordered
 
-    With `is_chat` questions and answers become conversations, otherwise plain text.
-    """
-    questions, texts, labels, numbers = array("Q"), array("Q"), array("i"), array("i")
-    names: dict[str | None, int] = {}
-    redacted: Counter[str] = Counter()
-    good = (
-        (number, example, line)
-        for number, source in enumerate(sources)
-        for example, line in keep_good(read_source(source, section, is_chat, redacted), faults)
-    )
-    with ExampleFile.open_writer(path) as writer:
-        for chunk in chunked(good):
-            writer.write([line for _, _, line in chunk])
-            for number, example, _ in chunk:
-                question, text = hash_example(example)
-                questions.append(question)
-                texts.append(text)
-                labels.append(names.setdefault(example.label, len(names)))
-                numbers.append(number)
-    codes, ordered = order_labels(names)
-    fixed = np.array([find_fixed(source) for source in sources], dtype=np.int8)
-    keys, sources_of_rows = (np.array(questions), np.array(texts)), np.array(numbers)
-    index = RowIndex(*keys, codes[np.array(labels)], sources_of_rows, fixed[sources_of_rows])
-    return Ingested(index, ordered, redacted)
+    def build_index(self) -> RowIndex:
+        """What the deal needs to know of the rows that were read."""
+        fixed = np.array([find_fixed(source) for source in self._sources], dtype=np.int8)
+        labels, sources = self.order_classes()[0][np.array(self._labels)], np.array(self._numbers)
+        return RowIndex(np.array(self._questions), np.array(self._texts), labels, sources, fixed[sources])
+
+    def _read_good(self) -> Iterator[tuple[int, Example, bytes]]:
+        """The number of its source, each Example, and its JSON; Faults, and Examples that have no JSON, are counted."""
+        for number, source in enumerate(self._sources):
+            for item in read_source(source, self._section, self._is_chat, self.redacted):
+                if isinstance(item, Fault):
+                    self._skip(item)
+                    continue
+                try:
+                    yield number, item, item.to_json()
+                except TypeError as error:
+                    rule = f"The row holds what is neither text nor JSON: {error}."
+                    self._skip(Fault(item.place, None, rule, "Write it as text."))
+
+    def _skip(self, fault: Fault) -> None:
+        self.num_skipped += 1
+        self._faults.add(fault)
 
 
 def find_fixed(source: Source) -> int:
     """The split that the recipe gives to a source, or OPEN."""
     return OPEN if source.section.split is None else SPLITS.index(source.section.split)
-
-
-def order_labels(names: Mapping[str | None, int]) -> tuple[np.ndarray, tuple[str, ...]]:
-    """For each label in the order of its first row its number in the order of names (-1 for none); and the names."""
-    ordered = tuple(sorted((name for name in names if name is not None), key=_label_order))
-    numbers = {name: number for number, name in enumerate(ordered)}
-    return np.array([numbers.get(name or "", -1) for name in names], dtype=np.int32), ordered
 
 
 def read_source(
@@ -110,19 +122,6 @@ def read_source(
     if not section.redact:
         return found
     return (item if isinstance(item, Fault) else redact_example(item, redacted) for item in found)
-
-
-def keep_good(found: Iterable[Example | Fault], faults: FaultList) -> Iterator[tuple[Example, bytes]]:
-    """The Examples with their JSON; Faults go to `faults`, and Examples that have no JSON."""
-    for item in found:
-        if isinstance(item, Fault):
-            faults.add(item)
-            continue
-        try:
-            yield item, item.to_json()
-        except TypeError as error:
-            rule = f"The row holds what is neither text nor JSON: {error}."
-            faults.add(Fault(item.place, None, rule, "Write it as text."))
 
 
 def hash_example(example: Example) -> tuple[int, int]:

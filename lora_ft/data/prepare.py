@@ -1,8 +1,8 @@
 """From sources to tokens on disk: read, deal, render, fit, pack, count.
 
-    sources ─► Examples (Arrow) ─► a split for every row ─► tokens and labels (Arrow) ─► packed rows (Arrow)
+    sources ─► Examples (Arrow) ─► tokens and labels (Arrow) ─► a split for every row ─► its rows, packed or not (Arrow)
 
-Only some thirty bytes a row stay in memory, whatever the size of the data.
+Only some fifty bytes a row stay in memory, whatever the size of the data.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ import numpy as np
 from lora_ft.data.audit import AuditReport, audit_splits
 from lora_ft.data.cache import build_once, find_cache, fingerprint_data
 from lora_ft.data.check import check_section
-from lora_ft.data.ingest import FaultList, Ingested, write_examples
+from lora_ft.data.ingest import FaultList, Ingest
 from lora_ft.data.render import Renderer
 from lora_ft.data.report import DataReport, SplitReport
 from lora_ft.data.sources import Source, find_source
 from lora_ft.data.split import LEFT_OUT_BALANCE, LEFT_OUT_WEIGHT, SPLITS, TRAIN, deal_rows, repeat_rows
 from lora_ft.data.splits import EXAMPLES, INDEX, REPORT, Splits, load_splits
 from lora_ft.data.store import ExampleFile, StoredExamples
-from lora_ft.data.tasks import Task, build_task
-from lora_ft.data.tokens import pack_file, seldom_collected, write_documents
+from lora_ft.data.tasks import build_task
+from lora_ft.data.tokens import Documents, copy_documents, pack_documents, seldom_collected, write_documents
 from lora_ft.errors import UserError
 from lora_ft.fingerprint import hash_json
 from lora_ft.sections import DataSection, SourceSection
@@ -34,6 +34,10 @@ from lora_ft.sections import DataSection, SourceSection
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+
+DOCUMENTS = "documents.arrow"
+"""The documents of all rows, until each split has its own."""
 
 
 def build_splits(section: DataSection, tokenizer: PreTrainedTokenizerBase, base_folder: Path | None = None) -> Splits:
@@ -92,58 +96,52 @@ def prepare_folder(
     folder: Path, sources: Sequence[Source], section: DataSection, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """Everything about the data, written to `folder`."""
-    renderer = Renderer(tokenizer, section)
-    faults = FaultList(section)
-    ingested = write_examples(folder / EXAMPLES, sources, section, renderer.is_chat, faults)
+    renderer, faults = Renderer(tokenizer, section), FaultList(section)
+    ingest = Ingest(sources, section, renderer.is_chat, faults)
+    task = build_task(section, tokenizer, renderer, ingest.class_numbers)
+    chunks = ingest.read_chunks(folder / EXAMPLES)
+    documents = write_documents(folder / DOCUMENTS, chunks, task, faults)
     faults.raise_refused()
-    num_skipped = faults.count
+    index, (order, labels) = ingest.build_index(), ingest.order_classes()
     weights = np.array([source.section.weight for source in sources])
-    dealt = deal_rows(ingested.index, weights, section.split, section.balance)
-    np.savez(folder / INDEX, dealt=dealt, **vars(ingested.index))
-    stored = ExampleFile(folder / EXAMPLES, mapped=False)
-    task = build_task(section, tokenizer, renderer, ingested.labels)
+    dealt = deal_rows(index, weights, section.split, section.balance)
+    np.savez(folder / INDEX, dealt=dealt, **vars(index))
     reports = {}
     for number, name in enumerate(SPLITS):
         rows = np.flatnonzero(dealt == number)
         if number == TRAIN:
             seed = np.random.default_rng(section.split.seed)
-            rows = repeat_rows(rows, weights[ingested.index.sources[rows]], seed)
-        reports[name], kept = write_split(folder, name, StoredExamples(stored, rows), task, section, faults)
-        np.save(folder / f"{name}.npy", rows[kept])
-    faults.raise_refused()
-    report = count_rows(dealt, num_skipped, ingested, reports, faults)
+            rows = repeat_rows(rows, weights[index.sources[rows]], seed)
+        reports[name] = write_split(folder, name, rows, documents, section, order)
+    (folder / DOCUMENTS).unlink()
+    report = DataReport(
+        num_read=len(dealt) + ingest.num_skipped,
+        num_kept=int((dealt >= 0).sum()),
+        num_skipped=ingest.num_skipped,
+        num_left_out_weight=int((dealt == LEFT_OUT_WEIGHT).sum()),
+        num_left_out_balance=int((dealt == LEFT_OUT_BALANCE).sum()),
+        splits=reports,
+        redacted=dict(ingest.redacted),
+        labels=labels,
+        faults=tuple(str(fault) for fault in faults.first),
+    )
     refuse_empty(report)
     (folder / REPORT).write_text(json.dumps(report.to_json()), encoding="utf-8")
 
 
 def write_split(
-    folder: Path, name: str, examples: StoredExamples, task: Task, section: DataSection, faults: FaultList
-) -> tuple[SplitReport, np.ndarray]:
-    """One split's documents in `NAME.arrow`, packed where the recipe says so; the test split never is."""
+    folder: Path, name: str, rows: np.ndarray, documents: Documents, section: DataSection, order: np.ndarray
+) -> SplitReport:
+    """The split of those rows in `NAME.arrow`, packed where the recipe says so; the test split never is."""
+    numbers, origins = documents.of_rows(rows)
+    np.save(folder / f"{name}.npy", origins)
+    report = documents.report(rows, StoredExamples(ExampleFile(folder / EXAMPLES), rows))
+    path = folder / f"{name}.arrow"
     if not section.packing or name == "test":
-        return write_documents(folder / f"{name}.arrow", examples, task, faults)
-    unpacked = folder / f"{name}.unpacked.arrow"
-    report, kept = write_documents(unpacked, examples, task, faults)
-    num_packed, share = pack_file(unpacked, folder / f"{name}.arrow", section.max_length)
-    unpacked.unlink()
-    return replace(report, num_packed_rows=num_packed, packed_share=share), kept
-
-
-def count_rows(
-    dealt: np.ndarray, num_skipped: int, ingested: Ingested, splits: dict[str, SplitReport], faults: FaultList
-) -> DataReport:
-    """Where every row went."""
-    return DataReport(
-        num_read=len(dealt) + num_skipped,
-        num_kept=int((dealt >= 0).sum()),
-        num_skipped=num_skipped,
-        num_left_out_weight=int((dealt == LEFT_OUT_WEIGHT).sum()),
-        num_left_out_balance=int((dealt == LEFT_OUT_BALANCE).sum()),
-        splits=splits,
-        redacted=dict(ingested.redacted),
-        labels=ingested.labels,
-        faults=tuple(str(fault) for fault in faults.first),
-    )
+        copy_documents(documents.tokens, numbers, path, order)
+        return report
+    num_packed, share = pack_documents(documents.tokens, numbers, path, section.max_length)
+    return replace(report, num_packed_rows=num_packed, packed_share=share)
 
 
 def refuse_empty(report: DataReport) -> None:

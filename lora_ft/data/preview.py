@@ -90,7 +90,7 @@ def preview_rows(
         if isinstance(item, Fault):
             raise UserError.of([item])
         label = item.label if section.task == "classification" else None
-        (fitted,) = build_task(section, tokenizer, renderer, () if label is None else (label,)).fit([item])
+        (fitted,) = build_task(section, tokenizer, renderer, {label: 0}).fit([item])
         if isinstance(fitted, Fault):
             raise UserError.of([fitted])
         for document in fitted.documents:

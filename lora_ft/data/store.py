@@ -40,7 +40,11 @@ class ArrowWriter:
         """One chunk; `columns` as in the schema."""
         if len(columns[0]):
             arrays = [_to_arrow(column, field.type) for column, field in zip(columns, self._schema, strict=True)]
-            self._chunks.write_batch(pa.record_batch(arrays, schema=self._schema))
+            self.append(pa.record_batch(arrays, schema=self._schema))
+
+    def append(self, chunk: pa.RecordBatch) -> None:
+        """One chunk that Arrow has already."""
+        self._chunks.write_batch(chunk)
 
 
 def _to_arrow(column: Sequence[Any], kind: pa.DataType) -> pa.Array:
@@ -57,7 +61,8 @@ class TokenRows:
 
     def __init__(self, path: Path):
         reader = pa.ipc.open_stream(pa.memory_map(str(path)))
-        self._columns = reader.schema.names
+        self.schema: pa.Schema = reader.schema
+        """Its columns."""
         self._chunks = list(reader)
         self._starts = np.cumsum([0, *(chunk.num_rows for chunk in self._chunks)])
 
@@ -70,9 +75,18 @@ class TokenRows:
         at = row - int(self._starts[number])
         return [column[at].values.to_numpy() for column in self._chunks[number].columns]
 
+    def take(self, rows: np.ndarray) -> pa.RecordBatch:
+        """A copy of some rows, at least one, in the order of their numbers in `rows`."""
+        numbers = np.searchsorted(self._starts, rows, side="right") - 1
+        borders = np.flatnonzero(np.diff(numbers)) + 1
+        parts = zip(np.split(numbers, borders), np.split(rows, borders), strict=True)
+        taken = [self._chunks[chunk[0]].take(pa.array(part - self._starts[chunk[0]])) for chunk, part in parts]
+        (joined,) = pa.Table.from_batches(taken).combine_chunks().to_batches()
+        return joined
+
     def document_lengths(self) -> np.ndarray:
         """The length of every document in tokens, in packed rows too; int64."""
-        if "seq_lengths" not in self._columns:
+        if "seq_lengths" not in self.schema.names:
             return self.row_lengths()
         parts = [chunk.column("seq_lengths").flatten().to_numpy() for chunk in self._chunks]
         return np.concatenate([np.empty(0, dtype=np.int64), *parts])

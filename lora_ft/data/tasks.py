@@ -7,7 +7,7 @@ seq2seq          input_ids  context question EOS           labels  answer EOS
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -56,7 +56,7 @@ class ClassificationTask:
 
     tokenizer: PreTrainedTokenizerBase
     section: DataSection
-    labels: Sequence[str]
+    class_numbers: Mapping[str | None, int]
     label_type = pa.int32()
 
     def fit(self, rows: Sequence[Example]) -> list[Fitted | Fault]:
@@ -65,12 +65,11 @@ class ClassificationTask:
         return [self._fit_row(row, ids) for row, ids in zip(rows, encoded, strict=True)]
 
     def _fit_row(self, row: Example, ids: list[int]) -> Fitted:
-        assert row.label is not None, "the format has a label"
         is_long = len(ids) > self.section.max_length
         if is_long and self.section.truncation == "drop":
             return Fitted(())
         kept = cut_input(self.tokenizer, row.context, ids, self.section) if is_long else ids
-        return Fitted((Document(kept, [self.labels.index(row.label)], row.place),), is_truncated=is_long)
+        return Fitted((Document(kept, [self.class_numbers[row.label]], row.place),), is_truncated=is_long)
 
 
 @dataclass(frozen=True)
@@ -119,11 +118,14 @@ def cut_input(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int], sec
 
 
 def build_task(
-    section: DataSection, tokenizer: PreTrainedTokenizerBase, renderer: Renderer, labels: Sequence[str]
+    section: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    renderer: Renderer,
+    class_numbers: Mapping[str | None, int],
 ) -> Task:
-    """The task of a recipe; `labels` are the names of the classes in the order of their numbers."""
+    """The task of a recipe; `class_numbers` holds the classes of all rows that are fitted."""
     if section.task == "classification":
-        return ClassificationTask(tokenizer, section, labels)
+        return ClassificationTask(tokenizer, section, class_numbers)
     if section.task == "seq2seq":
         return Seq2SeqTask(tokenizer, section)
     return SftTask(renderer, section)

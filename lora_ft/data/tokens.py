@@ -1,97 +1,116 @@
-"""Dealt rows become documents on disk, and documents packed rows; everything that is left out is counted."""
+"""Rows become documents on disk, and documents the rows of a split; everything that is left out is counted.
+
+All rows are tokenised in the order in which they are read, whatever split they will be in: the tokenizer has work from
+the first row on. A split is then a copy of its documents.
+"""
 
 from __future__ import annotations
 
 import gc
 from array import array
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 
+from lora_ft.data.example import Example
 from lora_ft.data.fitting import Fitted
 from lora_ft.data.ingest import FaultList
 from lora_ft.data.packing import plan_rows
 from lora_ft.data.render import Document
 from lora_ft.data.report import SplitReport
-from lora_ft.data.store import TOKENS, ArrowWriter, StoredExamples, TokenRows, chunked
+from lora_ft.data.store import CHUNK_ROWS, TOKENS, ArrowWriter, StoredExamples, TokenRows, chunked
 from lora_ft.data.tasks import Task
 from lora_ft.errors import Fault
 
 MAX_PLACES = 3
 """Rows that are named for each loss."""
+LOSSES = {
+    "num_dropped_refused": 1,
+    "num_dropped_too_long": 2,
+    "num_dropped_unsupervised": 4,
+    "num_truncated": 8,
+    "num_answers_cut": 16,
+}
+"""What a row can lose, as fields of SplitReport, with the bit that says so."""
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Tally:
-    """What was counted in one split, and the first rows of each loss."""
+@dataclass(frozen=True)
+class Documents:
+    """The documents of all rows, and what each row lost."""
 
-    def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
-        self.first_rows: dict[str, list[int]] = {}
+    tokens: TokenRows
+    """The documents, those of one row behind those of the row before it."""
+    losses: np.ndarray
+    """Bits of LOSSES, one byte a row."""
+    counts: np.ndarray
+    """Documents that came of each row, uint32."""
+    num_supervised: np.ndarray
+    """Supervised tokens of each document, int32."""
 
-    def add_losses(self, fitted: Fitted, kept: Sequence[Document], row: int) -> None:
-        """What one row lost, if anything."""
-        losses = {
-            "num_dropped_too_long": not fitted.documents,
-            "num_dropped_unsupervised": bool(fitted.documents) and not kept,
-            "num_truncated": bool(kept) and fitted.is_truncated,
-            "num_answers_cut": bool(kept) and fitted.is_answer_cut,
-        }
-        for name, is_lost in losses.items():
-            if is_lost:
-                self.counts[name] += 1
-                if len(rows := self.first_rows.setdefault(name, [])) < MAX_PLACES:
-                    rows.append(row)
+    def of_rows(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The documents of some rows, and the row that each came from; int64."""
+        counts = self.counts[rows].astype(np.int64)
+        first = np.cumsum(self.counts, dtype=np.int64)[rows] - counts
+        before = np.cumsum(counts) - counts
+        return np.repeat(first - before, counts) + np.arange(counts.sum()), np.repeat(rows, counts)
 
-    def add_documents(self, documents: Sequence[Document]) -> None:
-        """Documents that are kept."""
-        self.counts["num_documents"] += len(documents)
-        self.counts["num_tokens"] += sum(len(document.input_ids) for document in documents)
-        self.counts["num_supervised_tokens"] += sum(document.num_supervised_tokens for document in documents)
-
-    def report(self, examples: StoredExamples) -> SplitReport:
-        """The counts of a split that was dealt `examples`."""
-        places = {name: tuple(examples[row].place for row in rows) for name, rows in self.first_rows.items()}
-        return SplitReport(num_rows=len(examples), places=places, **self.counts)
+    def report(self, rows: np.ndarray, examples: StoredExamples) -> SplitReport:
+        """The counts of a split that was dealt `rows`, which are `examples`."""
+        documents, _ = self.of_rows(rows)
+        lost = {name: np.flatnonzero(self.losses[rows] & bit) for name, bit in LOSSES.items()}
+        first = {name: [examples[int(row)].place for row in found[:MAX_PLACES]] for name, found in lost.items()}
+        return SplitReport(
+            num_rows=len(rows),
+            num_documents=len(documents),
+            num_tokens=int(self.tokens.row_lengths()[documents].sum()),
+            num_supervised_tokens=int(self.num_supervised[documents].sum()),
+            places={name: tuple(places) for name, places in first.items() if places},
+            **{name: len(found) for name, found in lost.items()},
+        )
 
 
-def write_documents(
-    path: Path, examples: StoredExamples, task: Task, faults: FaultList
-) -> tuple[SplitReport, np.ndarray]:
-    """The documents of one split, written to `path`; with the counts, and which example each document came from."""
-    tally, origins, row = Tally(), array("q"), 0
+def write_documents(path: Path, chunks: Iterable[Sequence[Example]], task: Task, faults: FaultList) -> Documents:
+    """The documents of all rows, written to `path`; Faults of the task are added to `faults`."""
+    losses, counts, num_supervised = array("B"), array("I"), array("i")
     with ArrowWriter(path, pa.schema({"input_ids": TOKENS, "labels": task.label_type})) as writer:
-        for found in map_ahead(task.fit, chunked(examples)):
-            documents: list[Document] = []
+        is_class = not pa.types.is_list(task.label_type)
+        for found in map_ahead(task.fit, chunks):
+            kept = []
             for fitted in found:
-                kept = keep_supervised(fitted, row, faults, tally)
-                documents += kept
-                origins.extend([row] * len(kept))
-                row += 1
-            labels = [document.labels for document in documents]
-            is_class = not pa.types.is_list(task.label_type)
-            writer.write([d.input_ids for d in documents], [label for (label,) in labels] if is_class else labels)
-            tally.add_documents(documents)
-    return tally.report(examples), np.array(origins)
+                documents = find_supervised(fitted)
+                losses.append(find_losses(fitted, len(documents)))
+                counts.append(len(documents))
+                num_supervised.extend(count for _, count in documents)
+                kept += [document for document, _ in documents]
+                if isinstance(fitted, Fault):
+                    faults.add(fitted)
+            labels = [document.labels for document in kept]
+            writer.write([d.input_ids for d in kept], [label for (label,) in labels] if is_class else labels)
+    return Documents(TokenRows(path), *map(np.array, (losses, counts, num_supervised)))
 
 
-def keep_supervised(fitted: Fitted | Fault, row: int, faults: FaultList, tally: Tally) -> list[Document]:
-    """A row's documents that hold a supervised token; what is lost is counted."""
+def find_supervised(fitted: Fitted | Fault) -> list[tuple[Document, int]]:
+    """A row's documents that hold a supervised token, and how many they hold."""
+    documents = () if isinstance(fitted, Fault) else fitted.documents
+    return [(document, count) for document in documents if (count := document.num_supervised_tokens)]
+
+
+def find_losses(fitted: Fitted | Fault, num_kept: int) -> int:
+    """Bits of LOSSES for a row of which `num_kept` documents are kept."""
     if isinstance(fitted, Fault):
-        faults.add(fitted)
-        tally.counts["num_dropped_refused"] += 1
-        return []
-    kept = [document for document in fitted.documents if document.num_supervised_tokens]
-    if len(kept) != 1 or fitted.is_truncated:
-        tally.add_losses(fitted, kept, row)
-    return kept
+        return LOSSES["num_dropped_refused"]
+    if not num_kept:
+        return LOSSES["num_dropped_unsupervised" if fitted.documents else "num_dropped_too_long"]
+    return fitted.is_truncated * LOSSES["num_truncated"] | fitted.is_answer_cut * LOSSES["num_answers_cut"]
 
 
 @contextmanager
@@ -120,15 +139,25 @@ def map_ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iter
             yield future.result()
 
 
-def pack_file(source: Path, target: Path, row_length: int) -> tuple[int, float]:
-    """The documents of `source` packed into rows in `target`; the number of rows, and the share of slots they fill."""
-    documents = TokenRows(source)
-    lengths = documents.document_lengths()
+def copy_documents(tokens: TokenRows, numbers: np.ndarray, target: Path, order: np.ndarray) -> None:
+    """Some documents as the rows of `target`; a class gets the number that `order` has for its own."""
+    is_class = not pa.types.is_list(tokens.schema.field("labels").type)
+    with ArrowWriter(target, tokens.schema) as writer:
+        for start in range(0, len(numbers), CHUNK_ROWS):
+            chunk = tokens.take(numbers[start : start + CHUNK_ROWS])
+            if is_class:
+                chunk = chunk.set_column(1, "labels", pa.array(order[chunk.column(1).to_numpy()]))
+            writer.append(chunk)
+
+
+def pack_documents(tokens: TokenRows, numbers: np.ndarray, target: Path, row_length: int) -> tuple[int, float]:
+    """Some documents packed into the rows of `target`; the number of rows, and the share of slots they fill."""
+    lengths = tokens.row_lengths()[numbers]
     plan = plan_rows(lengths, row_length)
     columns = ("input_ids", "labels", "seq_lengths")
     with ArrowWriter(target, pa.schema(dict.fromkeys(columns, TOKENS))) as writer:
         for chunk in chunked(plan):
-            rows = [[documents.read_lists(number) for number in row] for row in chunk]
+            rows = [[tokens.read_lists(int(numbers[place])) for place in row] for row in chunk]
             joined = [[np.concatenate([lists[i] for lists in row]) for row in rows] for i in range(2)]
             writer.write(*joined, [lengths[row] for row in chunk])
     return len(plan), float(lengths.sum() / (len(plan) * row_length)) if len(plan) else 1.0

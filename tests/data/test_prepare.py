@@ -311,7 +311,7 @@ def test_a_full_disk_is_a_message(write_rows, monkeypatch):
     def fill(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(prepare_room, "write_examples", fill)
+    monkeypatch.setattr(prepare_room, "write_documents", fill)
     with pytest.raises(UserError, match="No space left"):
         build_splits(write_rows(ROWS), make_tokenizer("llama3"))
 
