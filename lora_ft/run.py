@@ -49,7 +49,8 @@ if TYPE_CHECKING:
     from lora_ft.training.trainer import LoraTrainer
 
 NUM_SAMPLES, SAMPLE_TOKENS = 4, 64
-"""Prompts whose logits are recorded with the adapter, and their length, for a later reload to be held against."""
+"""Prompts whose logits are recorded with the adapter, and the length of those that go on, for a later reload to be held
+against."""
 
 LAUNCHER_VARIABLES = {
     "RANK",
@@ -312,9 +313,9 @@ def save_trained(
 
 
 def question_of(row: dict[str, Any]) -> list[int]:
-    """Tokens of a row up to where supervision starts, or its first few where it starts at once or lies elsewhere."""
+    """What a row asks: its tokens up to where supervision starts, or the first few; all where labels lie elsewhere."""
     if not isinstance(row["labels"], list) or len(row["labels"]) != len(row["input_ids"]):
-        return row["input_ids"][:SAMPLE_TOKENS]
+        return row["input_ids"]
     start = next((place for place, label in enumerate(row["labels"]) if label != IGNORE_INDEX), 0)
     return row["input_ids"][:start][-SAMPLE_TOKENS:] if start > 1 else row["input_ids"][:SAMPLE_TOKENS]
 

@@ -88,7 +88,7 @@ def test_recipe_trains_on_its_architecture(name, architecture, tmp_path, chat_ro
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["spam_classification", "domain_chat"])
+@pytest.mark.parametrize("name", ["spam_classification", "qa_seq2seq", "domain_chat"])
 def test_recipe_takes_two_steps_on_its_own_base(name, tmp_path):
     """The embedded base and data as they are; for spam, which is not embedded, rows of its form."""
     from lora_ft.run import run_recipe
