@@ -101,10 +101,12 @@ def tuned_config(base: Path, adapter: Adapter) -> PretrainedConfig:
 def build_plain(base: Path, adapter: Adapter) -> PreTrainedModel:
     """The tuned model on the meta device without its adapter, with the vocabulary and labels the adapter is for."""
     import torch
+    from transformers.initialization import no_init_weights
 
     config = tuned_config(base, adapter)
-    with torch.device("meta"):
+    with torch.device("meta"), no_init_weights():
         model = empty_model(model_class(adapter.config), config, adapter.trust_remote_code)
+        model.tie_weights()  # which belongs to what is left out
         resize_embeddings(model, adapter)
     return model
 
@@ -116,11 +118,12 @@ def build_skeleton(base: Path, adapter: Adapter) -> PeftModel:
     """
     import torch
     from peft import get_peft_model
+    from transformers.initialization import no_init_weights
 
     config = copy.deepcopy(adapter.config)
     config.init_lora_weights = True
     model = build_plain(base, adapter)
-    with torch.device("meta"), warnings.catch_warnings():
+    with torch.device("meta"), no_init_weights(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return get_peft_model(model, config)
 
