@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -59,7 +60,10 @@ def attach_adapter(
         if loftq:  # PEFT's own LoftQ wants an unquantised base in memory; below, tensor by tensor from the files
             fields = {**fields, "init_lora_weights": True}
         config = check_buildable("lora", LoraConfig, {**fields, "task_type": TASK_TYPES[task]}, "recipe")
-        model = call_peft(get_peft_model, model, config)
+        with warnings.catch_warnings():
+            if model.get_output_embeddings() is None:  # PEFT warns of a tie to an output layer that is not there
+                warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+            model = call_peft(get_peft_model, model, config)
         if _rewrites_base(fields):
             _remember_start(model)
         if loftq:
