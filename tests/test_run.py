@@ -243,6 +243,7 @@ def test_refusals_write_nothing(recipe_file, tmp_path, override, expected, lora_
         assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_interrupted_run_goes_on_to_the_same_adapter(recipe_file, tmp_path):
     """A run that ends after its first checkpoint, then the same command again."""
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
