@@ -138,9 +138,9 @@ def write_split(
     report = documents.report(rows, StoredExamples(ExampleFile(folder / EXAMPLES), rows))
     path = folder / f"{name}.arrow"
     if not section.packing or name == "test":
-        copy_documents(documents.tokens, numbers, path, order)
+        copy_documents(documents, numbers, path, order)
         return report
-    num_packed, share = pack_documents(documents.tokens, numbers, path, section.max_length)
+    num_packed, share = pack_documents(documents, numbers, path, section.max_length)
     return replace(report, num_packed_rows=num_packed, packed_share=share)
 
 

@@ -61,8 +61,7 @@ class TokenRows:
 
     def __init__(self, path: Path):
         reader = pa.ipc.open_stream(pa.memory_map(str(path)))
-        self.schema: pa.Schema = reader.schema
-        """Its columns."""
+        self._columns = reader.schema.names
         self._chunks = list(reader)
         self._starts = np.cumsum([0, *(chunk.num_rows for chunk in self._chunks)])
 
@@ -75,18 +74,9 @@ class TokenRows:
         at = row - int(self._starts[number])
         return [column[at].values.to_numpy() for column in self._chunks[number].columns]
 
-    def take(self, rows: np.ndarray) -> pa.RecordBatch:
-        """A copy of some rows, at least one, in the order of their numbers in `rows`."""
-        numbers = np.searchsorted(self._starts, rows, side="right") - 1
-        borders = np.flatnonzero(np.diff(numbers)) + 1
-        parts = zip(np.split(numbers, borders), np.split(rows, borders), strict=True)
-        taken = [self._chunks[chunk[0]].take(pa.array(part - self._starts[chunk[0]])) for chunk, part in parts]
-        (joined,) = pa.Table.from_batches(taken).combine_chunks().to_batches()
-        return joined
-
     def document_lengths(self) -> np.ndarray:
         """The length of every document in tokens, in packed rows too; int64."""
-        if "seq_lengths" not in self.schema.names:
+        if "seq_lengths" not in self._columns:
             return self.row_lengths()
         parts = [chunk.column("seq_lengths").flatten().to_numpy() for chunk in self._chunks]
         return np.concatenate([np.empty(0, dtype=np.int64), *parts])

@@ -25,7 +25,7 @@ from lora_ft.data.ingest import FaultList
 from lora_ft.data.packing import plan_rows
 from lora_ft.data.render import Document
 from lora_ft.data.report import SplitReport
-from lora_ft.data.store import CHUNK_ROWS, TOKENS, ArrowWriter, StoredExamples, TokenRows, chunked
+from lora_ft.data.store import TOKENS, ArrowWriter, StoredExamples, TokenRows, chunked
 from lora_ft.data.tasks import Task
 from lora_ft.errors import Fault
 
@@ -47,12 +47,14 @@ Result = TypeVar("Result")
 class Documents:
     """The documents of all rows, and what each row lost."""
 
-    tokens: TokenRows
-    """The documents, those of one row behind those of the row before it."""
+    path: Path
+    """Their file, in which those of one row stand behind those of the row before it."""
     losses: np.ndarray
     """Bits of LOSSES, one byte a row."""
     counts: np.ndarray
     """Documents that came of each row, uint32."""
+    lengths: np.ndarray
+    """Tokens of each document, int32."""
     num_supervised: np.ndarray
     """Supervised tokens of each document, int32."""
 
@@ -71,7 +73,7 @@ class Documents:
         return SplitReport(
             num_rows=len(rows),
             num_documents=len(documents),
-            num_tokens=int(self.tokens.row_lengths()[documents].sum()),
+            num_tokens=int(self.lengths[documents].sum()),
             num_supervised_tokens=int(self.num_supervised[documents].sum()),
             places={name: tuple(places) for name, places in first.items() if places},
             **{name: len(found) for name, found in lost.items()},
@@ -80,7 +82,7 @@ class Documents:
 
 def write_documents(path: Path, chunks: Iterable[Sequence[Example]], task: Task, faults: FaultList) -> Documents:
     """The documents of all rows, written to `path`; Faults of the task are added to `faults`."""
-    losses, counts, num_supervised = array("B"), array("I"), array("i")
+    losses, counts, lengths, num_supervised = array("B"), array("I"), array("i"), array("i")
     with ArrowWriter(path, pa.schema({"input_ids": TOKENS, "labels": task.label_type})) as writer:
         is_class = not pa.types.is_list(task.label_type)
         for found in map_ahead(task.fit, chunks):
@@ -93,9 +95,10 @@ def write_documents(path: Path, chunks: Iterable[Sequence[Example]], task: Task,
                 kept += [document for document, _ in documents]
                 if isinstance(fitted, Fault):
                     faults.add(fitted)
+            lengths.extend(len(document.input_ids) for document in kept)
             labels = [document.labels for document in kept]
             writer.write([d.input_ids for d in kept], [label for (label,) in labels] if is_class else labels)
-    return Documents(TokenRows(path), *map(np.array, (losses, counts, num_supervised)))
+    return Documents(path, *map(np.array, (losses, counts, lengths, num_supervised)))
 
 
 def find_supervised(fitted: Fitted | Fault) -> list[tuple[Document, int]]:
@@ -139,20 +142,28 @@ def map_ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iter
             yield future.result()
 
 
-def copy_documents(tokens: TokenRows, numbers: np.ndarray, target: Path, order: np.ndarray) -> None:
-    """Some documents as the rows of `target`; a class gets the number that `order` has for its own."""
-    is_class = not pa.types.is_list(tokens.schema.field("labels").type)
-    with ArrowWriter(target, tokens.schema) as writer:
-        for start in range(0, len(numbers), CHUNK_ROWS):
-            chunk = tokens.take(numbers[start : start + CHUNK_ROWS])
-            if is_class:
-                chunk = chunk.set_column(1, "labels", pa.array(order[chunk.column(1).to_numpy()]))
-            writer.append(chunk)
+def copy_documents(documents: Documents, numbers: np.ndarray, target: Path, order: np.ndarray) -> None:
+    """Documents, in rising order, as the rows of `target`; a class gets the number that `order` has for its own.
+
+    The file is gone through once, chunk by chunk: mapped, it would count as memory, and grow with the data.
+    """
+    with pa.OSFile(str(documents.path)) as file:
+        reader, start = pa.ipc.open_stream(file), 0
+        is_class = not pa.types.is_list(reader.schema.field("labels").type)
+        with ArrowWriter(target, reader.schema) as writer:
+            for chunk in reader:
+                first, last = np.searchsorted(numbers, (start, start + chunk.num_rows))
+                taken = chunk.take(pa.array(numbers[first:last] - start))
+                start += chunk.num_rows
+                if is_class:
+                    taken = taken.set_column(1, "labels", pa.array(order[taken.column(1).to_numpy()]))
+                if taken.num_rows:
+                    writer.append(taken)
 
 
-def pack_documents(tokens: TokenRows, numbers: np.ndarray, target: Path, row_length: int) -> tuple[int, float]:
+def pack_documents(documents: Documents, numbers: np.ndarray, target: Path, row_length: int) -> tuple[int, float]:
     """Some documents packed into the rows of `target`; the number of rows, and the share of slots they fill."""
-    lengths = tokens.row_lengths()[numbers]
+    tokens, lengths = TokenRows(documents.path), documents.lengths[numbers]
     plan = plan_rows(lengths, row_length)
     columns = ("input_ids", "labels", "seq_lengths")
     with ArrowWriter(target, pa.schema(dict.fromkeys(columns, TOKENS))) as writer:
