@@ -99,8 +99,10 @@ class ChatTemplate:
 
 
 def _generate(template: Template, values: dict[str, Any]) -> Iterator[str]:
-    """What `Template.generate` gives, without copying the environment's globals for every conversation."""
-    return template.root_render_func(template.new_context(values, shared=True))
+    """What `Template.generate` gives; `values` hold the environment's globals, which it would copy every time."""
+    environment = template.environment
+    context = environment.context_class(environment, values, template.name, template.blocks)
+    return template.root_render_func(context)
 
 
 def any_of(texts: Iterable[str]) -> re.Pattern[str]:
