@@ -62,6 +62,7 @@ IPV4 = r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w.]*\d)"
 IPV6 = r"(?<![\w:])(?:[\da-fA-F]{1,4}:){2,7}(?::?[\da-fA-F]{1,4})+(?![\w:])"
 MANY_DIGITS = re.compile(r"\d(?:[ .()/-]{0,2}\d){6}")
 """Seven digits or more that belong together: what most numbers of a person have."""
+CAPITALS_AND_DIGITS = re.compile(r"[A-Z]{2}\d\d")
 GITHUB_TOKENS = ("ghp_", "gho_", "ghu_", "ghs_", "ghr_")
 PEM = r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]+-----|$)"
 PHONE_ABROAD = r"(?<![\w.])(?:\+|(?<!\d[ -])00)[1-9]\d{0,2}(?:[ .()/-]{0,2}\d){6,12}(?!\d)"
@@ -79,22 +80,23 @@ RECOGNISERS = (
     Recogniser("TOKEN", ("eyJ",), r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}", is_secret=True),
     Recogniser("PASSWORD", ("://",), r"(?<=://)[^\s:/@]+:[^\s:/@]+(?=@)", is_secret=True),
     Recogniser("EMAIL", ("@",), r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+"),
-    Recogniser("IBAN", re.compile(r"[A-Z]{2}\d\d"), r"\b[A-Z]{2}\d\d(?: ?[A-Z0-9]){11,30}\b", iban.is_valid),
+    Recogniser("IBAN", CAPITALS_AND_DIGITS, r"\b[A-Z]{2}\d\d(?: ?[A-Z0-9]){11,30}\b", iban.is_valid),
     Recogniser("CARD", MANY_DIGITS, r"\b\d(?:[ -]?\d){12,18}\b", _is_card),
     Recogniser("NATIONAL_ID", MANY_DIGITS, r"\b\d{3}-\d\d-\d{4}\b", ssn.is_valid),
     Recogniser("NATIONAL_ID", MANY_DIGITS, r"\b[XYZ\d]\d{7}-?[A-Z]\b", nif.is_valid),
-    Recogniser("NATIONAL_ID", re.compile(r"[A-Z]{6}\d\d"), CODICE_FISCALE, codicefiscale.is_valid),
+    Recogniser("NATIONAL_ID", CAPITALS_AND_DIGITS, CODICE_FISCALE, codicefiscale.is_valid),
     Recogniser("NATIONAL_ID", MANY_DIGITS, r"\b[12] ?\d\d ?\d\d ?\w\w ?\d{3} ?\d{3} ?\d\d\b", nir.is_valid),
     Recogniser("NATIONAL_ID", MANY_DIGITS, r"\b\d{4} \d{4} \d{4}\b", aadhaar.is_valid),
     Recogniser("NATIONAL_ID", MANY_DIGITS, r"\b\d{3}\.\d{3}\.\d{3}-\d\d\b", cpf.is_valid),
     Recogniser("IP_ADDRESS", re.compile(r"\d\.\d{1,3}\."), IPV4, _is_public_address),
-    Recogniser("IP_ADDRESS", re.compile(r"[\da-fA-F]:[\da-fA-F]"), IPV6, _is_public_address),
+    Recogniser("IP_ADDRESS", (":",), IPV6, _is_public_address),
     Recogniser("PHONE", MANY_DIGITS, PHONE_ABROAD, _is_phone),
     Recogniser("PHONE", MANY_DIGITS, PHONE_AMERICAN),
 )
 """What is looked for, in this order; what an earlier one has taken a later one does not see."""
 
 _SEARCHES = tuple((kind, re.compile(kind.pattern).finditer) for kind in RECOGNISERS)
+_HINTS = tuple(dict.fromkeys(kind.hint for kind in RECOGNISERS))
 SECRETS = frozenset(kind.name for kind in RECOGNISERS if kind.is_secret)
 """Kinds that open something."""
 
@@ -114,9 +116,9 @@ class Finding:
 def find_private(text: str) -> list[Finding]:
     """What is private in a text, in order, without overlaps."""
     found: list[Finding] = []
-    has_many_digits = MANY_DIGITS.search(text) is not None
-    for kind, matches in _SEARCHES:
-        if has_many_digits if kind.hint is MANY_DIGITS else _has_hint(text, kind.hint):
+    hints = {hint for hint in _HINTS if _has_hint(text, hint)}
+    for kind, matches in _SEARCHES if hints else ():
+        if kind.hint in hints:
             found += [
                 Finding(kind.name, match.start(), match.end())
                 for match in matches(text)
@@ -126,7 +128,9 @@ def find_private(text: str) -> list[Finding]:
 
 
 def _has_hint(text: str, hint: tuple[str, ...] | re.Pattern[str]) -> bool:
-    return any(part in text for part in hint) if isinstance(hint, tuple) else hint.search(text) is not None
+    if isinstance(hint, re.Pattern):
+        return hint.search(text) is not None
+    return hint[0] in text if len(hint) == 1 else any(part in text for part in hint)
 
 
 def _overlap(match: re.Match[str], other: Finding) -> bool:
