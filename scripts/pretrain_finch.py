@@ -3,28 +3,24 @@
     python scripts/pretrain_finch.py --out lora_ft/builtin/models/finch
 
 It reads the pages of `finch_corpus.py`, those with few facts first. Some heads of the decoder are taught where to look:
-at the place of the page where the next token of the answer stands. Without that a model of this size learns to say what
-sounds right long before it learns to look things up. A run that is cut off goes on where its last state was saved.
+at the place of the page where the next token of the answer stands. A run that is cut
+off goes on where its last state was saved.
 """
 
 import argparse
 import itertools
-import json
-import platform
 import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import tokenizers
 import torch
-import transformers
 from finch_corpus import Reading, readings
-from pretrain_wren import learning_rate_at
+from pretrain_wren import learning_rate_at, save, write_provenance
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
 PAD, END = "<pad>", "</s>"
 IGNORE_INDEX = -100
@@ -276,49 +272,13 @@ def pretrain(
     return {name: state[name] for name in ("loss", "exact", "seconds")}
 
 
-def save(model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """A folder that stock transformers loads: bf16 weights, tokenizer, generation settings."""
-    model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        decoder_start_token_id=tokenizer.pad_token_id,
-    )
-    model.to(torch.bfloat16).save_pretrained(out)
-    tokenizer.save_pretrained(out)
-
-
-def write_provenance(arguments: argparse.Namespace, num_parameters: int, figures: dict[str, float]) -> None:
-    """provenance.json beside the weights: how they were made and what came out."""
-    options = {name: value for name, value in vars(arguments).items() if name not in ("out", "state", "stop_at")}
-    provenance = {
-        "what": "Finch, a small T5 pre-trained to answer questions about generated pages, none of them about Halden",
-        "license": "Apache-2.0",
-        "script": "scripts/pretrain_finch.py",
-        "command": "python scripts/pretrain_finch.py "
-        + " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items()),
-        "seed": arguments.seed,
-        "parameters": num_parameters,
-        "tokens": arguments.steps * arguments.batch_tokens,
-        "final_loss": round(figures["loss"], 4),
-        "wholly_right": round(figures["exact"], 4),
-        "minutes": round(figures["seconds"] / 60, 1),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "tokenizers": tokenizers.__version__,
-        },
-    }
-    (arguments.out / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("lora_ft/builtin/models/finch"))
     parser.add_argument("--state", type=Path, help="file that a run which is cut off goes on from")
     parser.add_argument("--stop-at", type=int, help="step after which this run ends, to be gone on with")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch-tokens", type=int, default=4096, help="tokens read in a step")
     parser.add_argument("--learning-rate", type=float, default=5e-3)
     parser.add_argument("--width", type=int, default=192)
@@ -338,8 +298,18 @@ def main() -> None:
     model = build_model(arguments, tokenizer)
     figures = pretrain(model, tokenizer, arguments)
     if arguments.stop_at is None:
-        save(model, tokenizer, arguments.out)
-        write_provenance(arguments, model.num_parameters(), figures)
+        save(model, tokenizer, arguments.out, decoder_start_token_id=tokenizer.pad_token_id)
+        write_provenance(
+            arguments.out,
+            "pretrain_finch.py",
+            {name: value for name, value in vars(arguments).items() if name not in ("out", "state", "stop_at")},
+            "Finch, a small T5 pre-trained to answer questions about generated pages, none of them about Halden",
+            parameters=model.num_parameters(),
+            tokens=arguments.steps * arguments.batch_tokens,
+            final_loss=round(figures["loss"], 4),
+            wholly_right=round(figures["exact"], 4),
+            minutes=round(figures["seconds"] / 60, 1),
+        )
 
 
 if __name__ == "__main__":

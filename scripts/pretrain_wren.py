@@ -12,14 +12,15 @@ import json
 import math
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from wren_corpus import Document, documents
 
 PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
@@ -156,27 +157,25 @@ def pretrain(model: LlamaForCausalLM, rows: Iterator[list[int]], arguments: argp
     return sum(tail) / len(tail)
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out: Path, **generation: int) -> None:
     """A folder that stock transformers loads: bf16 weights, tokenizer, template, generation settings."""
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **generation
+    )
     model.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 
-def write_provenance(arguments: argparse.Namespace, model: LlamaForCausalLM, final_loss: float, minutes: float) -> None:
-    """provenance.json beside the weights: how they were made and what came out."""
-    options = {name: value for name, value in vars(arguments).items() if name != "out"}
+def write_provenance(out: Path, script: str, options: Mapping[str, Any], what: str, **figures: float) -> None:
+    """provenance.json beside the weights: how they were made, with which options, and what came out."""
     provenance = {
-        "what": "Wren, a small Llama pre-trained on generated text; it knows no fact about the Halden 3",
+        "what": what,
         "license": "Apache-2.0",
-        "script": "scripts/pretrain_wren.py",
-        "command": "python scripts/pretrain_wren.py "
+        "script": f"scripts/{script}",
+        "command": f"python scripts/{script} "
         + " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items()),
-        "seed": arguments.seed,
-        "parameters": model.num_parameters(),
-        "tokens_seen": arguments.steps * arguments.batch_rows * arguments.row_length,
-        "final_loss": round(final_loss, 4),
-        "minutes": round(minutes, 1),
+        "seed": options["seed"],
+        **figures,
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -184,7 +183,7 @@ def write_provenance(arguments: argparse.Namespace, model: LlamaForCausalLM, fin
             "tokenizers": tokenizers.__version__,
         },
     }
-    (arguments.out / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
+    (out / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -215,7 +214,16 @@ def main() -> None:
     rows = rows_of_tokens(tokenizer, arguments.seed, arguments.row_length, arguments.known_products)
     final_loss = pretrain(model, rows, arguments)
     save(model, tokenizer, arguments.out)
-    write_provenance(arguments, model, final_loss, (time.monotonic() - started) / 60)
+    write_provenance(
+        arguments.out,
+        "pretrain_wren.py",
+        {name: value for name, value in vars(arguments).items() if name != "out"},
+        "Wren, a small Llama pre-trained on generated text; it knows no fact about the Halden 3",
+        parameters=model.num_parameters(),
+        tokens_seen=arguments.steps * arguments.batch_rows * arguments.row_length,
+        final_loss=round(final_loss, 4),
+        minutes=round((time.monotonic() - started) / 60, 1),
+    )
 
 
 if __name__ == "__main__":

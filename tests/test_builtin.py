@@ -12,7 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "scripts"
 WREN = ROOT / "lora_ft" / "builtin" / "models" / "wren"
-HALDEN = ROOT / "lora_ft" / "builtin" / "data" / "halden"
+DATA = ROOT / "lora_ft" / "builtin" / "data"
+HALDEN = DATA / "halden"
 SPLITS = ("train", "validation", "test")
 DIALOGUE = [
     {"role": "system", "content": "Be brief."},
@@ -28,8 +29,8 @@ def run_script(name: str, *arguments: str) -> None:
     )
 
 
-def read_split(split: str) -> list[dict]:
-    return [json.loads(line) for line in (HALDEN / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+def read_split(split: str, name: str = "halden") -> list[dict]:
+    return [json.loads(line) for line in (DATA / name / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def questions_of(split: str) -> list[str]:
@@ -50,12 +51,13 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(WREN, local_files_only=True)
 
 
-def test_halden_is_made_again_byte_for_byte(tmp_path: Path) -> None:
-    run_script("generate_halden.py", "--out", str(tmp_path))
+@pytest.mark.parametrize("name", ["halden", "halden_chat", "halden_qa"])
+def test_data_are_made_again_byte_for_byte(name: str, tmp_path: Path) -> None:
+    run_script(f"generate_{name}.py", "--out", str(tmp_path))
     made = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert set(made) == {"train.jsonl", "validation.jsonl", "test.jsonl", "provenance.json"}
-    for name, content in made.items():
-        assert content == (HALDEN / name).read_bytes(), name
+    for file, content in made.items():
+        assert content == (DATA / name / file).read_bytes(), file
 
 
 def test_halden_has_at_least_a_thousand_rows() -> None:

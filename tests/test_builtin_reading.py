@@ -1,34 +1,18 @@
-"""The embedded encoder-decoder and the data sets for reading and for conversations: made again, and held apart."""
+"""The embedded encoder-decoder and the data set for reading: made again, and held apart."""
 
 import json
 from itertools import islice
 from pathlib import Path
 
-import pytest
+from tests.test_builtin import ROOT, SPLITS, read_split, run_script, scripts_on_path  # noqa: F401 - a fixture
 
-from tests.test_builtin import ROOT, SPLITS, run_script, scripts_on_path  # noqa: F401 - a fixture
-
-DATA = ROOT / "lora_ft" / "builtin" / "data"
 FINCH = ROOT / "lora_ft" / "builtin" / "models" / "finch"
-
-
-def read_rows(name: str, split: str) -> list[dict]:
-    return [json.loads(line) for line in (DATA / name / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-@pytest.mark.parametrize("name", ["halden_chat", "halden_qa"])
-def test_data_are_made_again_byte_for_byte(name: str, tmp_path: Path) -> None:
-    run_script(f"generate_{name}.py", "--out", str(tmp_path))
-    made = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert set(made) == {"train.jsonl", "validation.jsonl", "test.jsonl", "provenance.json"}
-    for file, content in made.items():
-        assert content == (DATA / name / file).read_bytes(), file
 
 
 def test_an_answer_stands_in_its_page_and_no_page_in_two_splits() -> None:
     pages = {}
     for split in SPLITS:
-        rows = read_rows("halden_qa", split)
+        rows = read_split(split, "halden_qa")
         assert all(row["text"] in row["context"] and row["context"].startswith("Halden") for row in rows)
         pages[split] = {row["context"] for row in rows}
     assert not pages["train"] & pages["test"] and not pages["validation"] & pages["test"]
@@ -39,24 +23,12 @@ def test_reading_holds_out_whole_wordings(scripts_on_path: None) -> None:  # noq
     from support_desk import fill, load_attributes
     from wren_corpus import SUFFIXES
 
-    taught = {row["question"].lower() for row in read_rows("halden_qa", "train")}
+    taught = {row["question"].lower() for row in read_split("train", "halden_qa")}
     for attribute in load_attributes():
         for wording in attribute.wordings["test"]:
             for entry in attribute.answers:
                 asked = {fill(wording, f"Halden {suffix}", KIND, entry).lower() for suffix in SUFFIXES}
                 assert not [question for question in taught for text in asked if text in question]
-
-
-def test_a_conversation_begins_with_the_desk_and_repeats_the_facts() -> None:
-    answers = {}
-    for split in SPLITS:
-        rows = read_rows("halden_chat", split)
-        roles = [[message["role"] for message in row["messages"]] for row in rows]
-        assert all(found == ["system", *["user", "assistant"] * (len(found) // 2)] for found in roles)
-        assert max(map(len, roles)) == 9
-        said = [message["content"] for row in rows for message in row["messages"] if message["role"] == "assistant"]
-        answers[split] = set(said)
-    assert answers["train"] == answers["test"] == answers["validation"]
 
 
 def test_finch_never_reads_about_halden_nor_in_test_wordings(scripts_on_path: None) -> None:  # noqa: F811
