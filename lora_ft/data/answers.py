@@ -13,7 +13,7 @@ where the tokenizer merges across the border; the position of the *content* miss
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from lora_ft.data.example import Message
 from lora_ft.data.fields import BadRow, shorten
@@ -22,8 +22,7 @@ from lora_ft.data.template import ChatTemplate
 LAST_ONLY = "Learn the last answer only (data.train_on: last), or mend the template (data.chat_template)."
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """Characters of a rendered conversation that the assistant says: `text[start:end]`."""
 
     start: int

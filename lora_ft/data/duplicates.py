@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 import zlib
+from array import array
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from itertools import pairwise
@@ -29,15 +30,15 @@ RUN_WORDS = 3
 THRESHOLD = 0.8
 """Jaccard index from which two rows count as near duplicates."""
 MAX_WORDS = 100_000
-"""Words whose hashes are kept, some ten megabytes."""
+"""Words whose hashes are kept, in about 12 MB."""
 CACHED_ROWS = 64
 """Rows whose runs are kept: the first row of a bucket is compared with all others in it."""
 
 _ALONE = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 _WORDS = re.compile(f"[{_ALONE}]|[^\\W{_ALONE}]+").findall
 """Words; in scripts that write no spaces, each character."""
-_ASCII_WORDS = re.compile(r"\w+", re.ASCII).findall
-"""The same in ASCII, twice as fast."""
+_ASCII = "".join(chr(code).lower() if chr(code).isidentifier() or chr(code).isdigit() else " " for code in range(128))
+"""What `str.translate` makes of ASCII, so that its words are what `str.split` gives: twice as quick as the pattern."""
 _RANDOM = np.random.default_rng(20240726)
 _FACTORS = _RANDOM.integers(1, 1 << 32, (NUM_BANDS * BAND_SIZE, 1), dtype=np.uint32) | np.uint32(1)
 _MIXERS = _RANDOM.integers(1, 1 << 63, max(RUN_WORDS, BAND_SIZE), dtype=np.uint64) | np.uint64(1)
@@ -58,12 +59,10 @@ _HASHES = WordHashes()
 
 def hash_runs(text: str) -> np.ndarray:
     """Hashes of the runs of three words in a text (of all words where there are fewer), uint64."""
-    found = _ASCII_WORDS(text.lower()) if text.isascii() else _WORDS(text.casefold())
-    words = np.array([_HASHES[word] for word in found] or [0], dtype=np.uint64)
-    length = min(RUN_WORDS, len(words))
-    num_runs = len(words) - length + 1
-    mixed = sum(words[i : i + num_runs] * _MIXERS[i] for i in range(length))
-    return np.asarray(mixed) ^ (np.asarray(mixed) >> np.uint64(29))
+    found = (text.translate(_ASCII).split() if text.isascii() else _WORDS(text.casefold())) or [""]
+    words = np.fromiter(map(_HASHES.__getitem__, found), np.int64, len(found)).view(np.uint64)
+    mixed = np.convolve(words, _MIXERS[: min(RUN_WORDS, len(words))], "valid")
+    return mixed ^ (mixed >> np.uint64(29))
 
 
 def find_runs(text: str) -> np.ndarray:
@@ -84,11 +83,11 @@ def find_near_duplicates(texts: Iterable[str], num_rows: int, read: Callable[[in
 
     `texts` are all rows in order; `read` gives the text of one row again, for the comparison.
     """
-    first = np.arange(num_rows, dtype=np.int64)
+    first = array("q", range(num_rows))
     read_runs = lru_cache(maxsize=CACHED_ROWS)(lambda row: find_runs(read(row)))
     with TemporaryDirectory() as folder:
         file = np.memmap(Path(folder) / "bands", dtype=np.uint32, mode="w+", shape=(NUM_BANDS, max(num_rows, 1)))
-        bands = np.asarray(file)  # a memmap makes each of its slices a memmap, which takes longer than to fill it
+        bands = np.asarray(file)  # a memmap would make a memmap of every slice, one a row
         for row, text in enumerate(texts):
             bands[:, row] = sign_bands(hash_runs(text))
         for band in bands:
@@ -99,7 +98,7 @@ def find_near_duplicates(texts: Iterable[str], num_rows: int, read: Callable[[in
         del bands, file
     for row in range(num_rows):
         first[row] = _root(first, row)
-    return first
+    return np.asarray(first)
 
 
 def share_runs(left: np.ndarray, right: np.ndarray) -> bool:
@@ -121,8 +120,7 @@ def _candidates(band: np.ndarray) -> Iterator[tuple[int, int]]:
             yield before, row
 
 
-def _root(first: np.ndarray, row: int) -> int:
+def _root(first: array[int], row: int) -> int:
     while first[row] != row:
-        first[row] = first[first[row]]
-        row = int(first[row])
+        first[row] = row = first[first[row]]
     return row

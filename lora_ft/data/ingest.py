@@ -84,11 +84,11 @@ class Ingest:
         numbers = {name: number for number, name in enumerate(ordered)}
         return np.array([numbers.get(name or "", -1) for name in self.class_numbers], dtype=np.int32), ordered
 
-    def build_index(self) -> RowIndex:
-        """What the deal needs to know of the rows that were read."""
+    def build_index(self, order: np.ndarray) -> RowIndex:
+        """What the deal needs to know of the rows that were read; `order` is that of their classes."""
         fixed = np.array([find_fixed(source) for source in self._sources], dtype=np.int8)
-        labels, sources = self.order_classes()[0][np.array(self._labels)], np.array(self._numbers)
-        return RowIndex(np.array(self._questions), np.array(self._texts), labels, sources, fixed[sources])
+        labels, sources = order[np.asarray(self._labels)], np.asarray(self._numbers)
+        return RowIndex(np.asarray(self._questions), np.asarray(self._texts), labels, sources, fixed[sources])
 
     def _read_good(self) -> Iterator[tuple[int, Example, bytes]]:
         """The number of its source, each Example, and its JSON; Faults, and Examples that have no JSON, are counted."""

@@ -117,7 +117,7 @@ def find_private(text: str) -> list[Finding]:
     """What is private in a text, in order, without overlaps."""
     found: list[Finding] = []
     hints = {hint for hint in _HINTS if _has_hint(text, hint)}
-    for kind, matches in _SEARCHES if hints else ():
+    for kind, matches in _SEARCHES:
         if kind.hint in hints:
             found += [
                 Finding(kind.name, match.start(), match.end())

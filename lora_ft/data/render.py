@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from lora_ft.data.answers import Span, find_answers
 from lora_ft.data.example import Example
@@ -51,8 +51,7 @@ class Document:
         return len(self.labels) - self.labels.count(IGNORE_INDEX)
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """A stretch of a row's text that is supervised as a whole or not at all."""
 
     text: str

@@ -68,12 +68,12 @@ class ChatTemplate:
         return self._guard(self._render_tracked, messages, tools, prompt)
 
     def _render_tracked(self, values: dict[str, Any]) -> tuple[str, list[tuple[int, int]]]:
-        blocks: list[str] = []
+        so_far = [""]  # as one text: the tracker joins what is there to see where a mark starts
         marks: list[tuple[int, int]] = []
-        with self._tracking, self._tracked.environment.activate_tracker(blocks, marks):
+        with self._tracking, self._tracked.environment.activate_tracker(so_far, marks):
             for block in _generate(self._tracked, values):
-                blocks.append(block)  # one by one: the tracker reads off them where a mark starts
-        return "".join(blocks), marks
+                so_far[0] += block
+        return so_far[0], marks
 
     def _find_terminator(self) -> str:
         try:
@@ -89,9 +89,9 @@ class ChatTemplate:
         raise UserError("data.chat_template", f"…{text[-60:]!r}", rule, fix)
 
     def _guard(self, run: Callable, messages: Sequence[Message], tools: Sequence[Message], prompt: bool) -> Any:
-        values = {**self._variables, "messages": messages, "tools": list(tools) or None}
+        given = {"messages": messages, "tools": list(tools) or None, "add_generation_prompt": prompt}
         try:
-            return run({**values, "add_generation_prompt": prompt})
+            return run({**self._variables, **given})
         except Exception as error:  # a template is a program, and may fail in any way
             rule = f"The chat template refuses the conversation: {shorten(str(error), 200)}."
             fix = "Change the messages to what it takes, or give another template (data.chat_template)."

@@ -65,16 +65,15 @@ class Documents:
         before = np.cumsum(counts) - counts
         return np.repeat(first - before, counts) + np.arange(counts.sum()), np.repeat(rows, counts)
 
-    def report(self, rows: np.ndarray, examples: StoredExamples) -> SplitReport:
-        """The counts of a split that was dealt `rows`, which are `examples`."""
-        documents, _ = self.of_rows(rows)
+    def report(self, rows: np.ndarray, numbers: np.ndarray, examples: StoredExamples) -> SplitReport:
+        """The counts of a split that was dealt `rows`: `numbers` are their documents, `examples` the rows."""
         lost = {name: np.flatnonzero(self.losses[rows] & bit) for name, bit in LOSSES.items()}
         first = {name: [examples[int(row)].place for row in found[:MAX_PLACES]] for name, found in lost.items()}
         return SplitReport(
             num_rows=len(rows),
-            num_documents=len(documents),
-            num_tokens=int(self.lengths[documents].sum()),
-            num_supervised_tokens=int(self.num_supervised[documents].sum()),
+            num_documents=len(numbers),
+            num_tokens=int(self.lengths[numbers].sum()),
+            num_supervised_tokens=int(self.num_supervised[numbers].sum()),
             places={name: tuple(places) for name, places in first.items() if places},
             **{name: len(found) for name, found in lost.items()},
         )
@@ -98,7 +97,7 @@ def write_documents(path: Path, chunks: Iterable[Sequence[Example]], task: Task,
             lengths.extend(len(document.input_ids) for document in kept)
             labels = [document.labels for document in kept]
             writer.write([d.input_ids for d in kept], [label for (label,) in labels] if is_class else labels)
-    return Documents(path, *map(np.array, (losses, counts, lengths, num_supervised)))
+    return Documents(path, *map(np.asarray, (losses, counts, lengths, num_supervised)))
 
 
 def find_supervised(fitted: Fitted | Fault) -> list[tuple[Document, int]]:

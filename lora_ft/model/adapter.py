@@ -60,10 +60,7 @@ def attach_adapter(
         if loftq:  # PEFT's own LoftQ wants an unquantised base in memory; below, tensor by tensor from the files
             fields = {**fields, "init_lora_weights": True}
         config = check_buildable("lora", LoraConfig, {**fields, "task_type": TASK_TYPES[task]}, "recipe")
-        with warnings.catch_warnings():
-            if model.get_output_embeddings() is None:  # PEFT warns of a tie to an output layer that is not there
-                warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
-            model = call_peft(get_peft_model, model, config)
+        model = call_peft(get_peft_model, model, config)
         if _rewrites_base(fields):
             _remember_start(model)
         if loftq:
@@ -185,7 +182,10 @@ def _load_trainable(model: PreTrainedModel, folder: Path) -> PeftModel:
 def call_peft(function: Any, model: Any, *arguments: Any, **options: Any) -> Any:
     """What a function of PEFT makes of the model; what PEFT refuses is the user's to change."""
     try:
-        return function(model, *arguments, **options)
+        with warnings.catch_warnings():
+            if model.get_output_embeddings() is None:  # PEFT warns of a tie to an output layer that is not there
+                warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+            return function(model, *arguments, **options)
     except (ValueError, TypeError, NotImplementedError, RuntimeError, ImportError) as fault:
         rule = f"PEFT cannot attach this adapter: {str(fault).strip()}"
         raise UserError("lora", None, rule, "Change the setting it names.") from fault
