@@ -64,18 +64,17 @@ class PieceEncoder:
     def _known_ids(self, texts: Iterable[str]) -> dict[str, list[int]]:
         """The ids of each text; what comes again and again (the end of a turn, a system prompt) is tokenised once."""
         unique = list(dict.fromkeys(texts))
-        return dict(zip(unique, self._ids(unique), strict=True))
+        with self._turn:
+            return dict(zip(unique, self._ids(unique), strict=True))
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         # transformers leaves the truncation and padding of its last call behind in the backend; each is only written to
         # where it must be, since that waits for whatever other threads have under way
-        with self._turn:
-            if self._backend.truncation is not None:
-                self._backend.no_truncation()
-            if self._backend.padding is not None:
-                self._backend.no_padding()
-            encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        if self._backend.truncation is not None:
+            self._backend.no_truncation()
+        if self._backend.padding is not None:
+            self._backend.no_padding()
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _find_anchor(self) -> str:
         for anchor in ANCHORS:

@@ -16,8 +16,7 @@ import pyarrow as pa
 
 from lora_ft.data.example import Example
 
-CHUNK_ROWS = 250
-"""Rows that go through the house together: enough to keep every core busy, few enough that none waits for the first."""
+CHUNK_ROWS = 1000
 TOKENS = pa.list_(pa.int32())
 """A list of token ids, labels or lengths."""
 
