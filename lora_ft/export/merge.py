@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lora_ft.errors import UserError
-from lora_ft.export.adapter import TENSORS_NAME
 from lora_ft.export.card import CAUSAL, merged_facts, render_card
 from lora_ft.export.merge_plan import MergePlan
 from lora_ft.export.merge_report import REPORT_NAME, MergeReport, Onto, write_report
@@ -18,7 +17,7 @@ from lora_ft.export.ollama import write_modelfile
 from lora_ft.export.prepare_merge import Merge, prepare_merge
 from lora_ft.export.proof import prove_merge, refuse_unequal
 from lora_ft.export.stream import JOURNAL_NAME, write_merged
-from lora_ft.fingerprint import hash_file, hash_tensors, publish_folder
+from lora_ft.fingerprint import hash_file, publish_folder
 
 
 def merge_adapter(
@@ -113,7 +112,7 @@ def describe_merge(merge: Merge, draft: Path, tensors: dict[str, str], seconds: 
         base=merge.base.name,
         revision=merge.base.revision,
         base_fingerprint=merge.base.fingerprint,
-        adapters=tuple((hash_tensors(part.adapter.folder / TENSORS_NAME), part.weight) for part in merge.parts),
+        adapters=tuple(zip(merge.adapter_hashes, (part.weight for part in merge.parts), strict=True)),
         onto=merge.onto,
         dtype=merge.stored_dtype,
         num_tensors=len(plan.tensors),

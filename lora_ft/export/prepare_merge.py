@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,11 @@ class Merge:
     plan: MergePlan
     """What becomes of every tensor."""
 
+    @cached_property
+    def adapter_hashes(self) -> tuple[str, ...]:
+        """`hash_tensors` of each adapter."""
+        return tuple(hash_tensors(part.adapter.folder / TENSORS_NAME) for part in self.parts)
+
     @property
     def task_type(self) -> str | None:
         """PEFT's name of what the merged model is for; None where the adapter does not say."""
@@ -61,10 +67,9 @@ class Merge:
 
     def identity(self) -> str:
         """A hash of everything the merged weights depend on."""
-        tensors = [hash_tensors(part.adapter.folder / TENSORS_NAME) for part in self.parts]
         configs = [(part.adapter.config.to_dict(), part.weight) for part in self.parts]
         layout = [(tensor.file, tensor.name, tensor.dtype, tensor.source.shape) for tensor in self.plan.tensors]
-        return hash_json([self.base.fingerprint, tensors, configs, self.onto, layout])
+        return hash_json([self.base.fingerprint, self.adapter_hashes, configs, self.onto, layout])
 
 
 def prepare_merge(

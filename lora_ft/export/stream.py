@@ -47,7 +47,7 @@ cut the whole weight, and rounds alike."""
 ALIGNMENT = 8
 """safetensors pads its header to a multiple of this."""
 JOURNAL_NAME = "journal.jsonl"
-SYNC_BYTES = 1 << 28
+SYNC_BYTES = 1 << 26
 """How much is written before it is forced to disk and entered in the journal; at most this is done twice."""
 
 
