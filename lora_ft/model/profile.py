@@ -8,6 +8,7 @@ Shapes: T tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -126,7 +127,9 @@ def _attach_on_meta(model: Any, lora: dict[str, Any]) -> Any:
 
     fields = {key: value for key, value in library_part(lora).items() if key != "init_lora_weights"}
     config = check_buildable("lora", LoraConfig, {**fields, "task_type": "CAUSAL_LM"}, "recipe")
-    tuned = call_peft(get_peft_model, model, config, autocast_adapter_dtype=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what PEFT has to say, it says of the model that is trained
+        tuned = call_peft(get_peft_model, model, config, autocast_adapter_dtype=False)
     for parameter in tuned.parameters():
         parameter.data = parameter.data.to(model.dtype)
     return tuned.train()
