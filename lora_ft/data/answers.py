@@ -54,7 +54,7 @@ def find_answers(
     found = []
     for index, start, limit in zip(wanted, starts, [*starts, len(text)][1:], strict=True):
         end = find_end(template, text, start, limit, messages[index])
-        check_whole(template, text[:start], text[start : end or limit], messages[index], index)
+        check_whole(template, text, start, end or limit, messages[index], index)
         spans = [Span(start, end)] if end else None
         if marks is not None:
             spans = clip_marks(template, text, start, end, [mark for mark in marks if start < mark[1] <= limit])
@@ -113,17 +113,19 @@ def clip_marks(
     return [Span(*mark) for mark in clipped]
 
 
-def check_whole(template: ChatTemplate, before: str, rendered: str, message: Message, index: int) -> None:
+def check_whole(template: ChatTemplate, text: str, start: int, end: int, message: Message, index: int) -> None:
     """Nothing when an answer is rendered whole but for white space, its thinking too, and spells no terminator.
 
-    `before` is the inference prompt, which may open the answer already (`<think>`).
+    The answer is `text[start:end]`; the inference prompt before it may open it already (`<think>`).
     """
     for field in ("content", "reasoning_content"):
         said = message.get(field, "").strip()
+        if not said:
+            continue
         if template.terminator in said:
             rule = f"The answer itself spells {template.terminator!r}, the token to stop on."
             raise BadRow(f"messages[{index}].{field}", shorten(said), rule, "Take it out of the text.")
-        if said not in rendered and _remove_opened(_squeeze(before[-80:]), _squeeze(said)) not in _squeeze(rendered):
+        if text.find(said, start, end) < 0 and not _goes_on(text[max(0, start - 80) : start], text[start:end], said):
             rule = "The chat template leaves out or rewrites a part of this answer."
             raise BadRow(f"messages[{index}].{field}", shorten(said), rule, LAST_ONLY)
 
@@ -133,10 +135,12 @@ def pass_space(template: ChatTemplate, text: str, end: int) -> int:
     return end + len(text[end:]) - len(text[end:].lstrip()) if template.terminator_takes_space else end
 
 
-def _remove_opened(before: str, said: str) -> str:
-    """What is said without the start that stands before it already."""
+def _goes_on(before: str, rendered: str, said: str) -> bool:
+    """Whether what is said stands in `rendered` but for white space, or for a start that ends `before`."""
+    before, said = _squeeze(before), _squeeze(said)
     lengths = range(min(len(before), len(said)), 0, -1)
-    return said[next((n for n in lengths if before.endswith(said[:n])), 0) :]
+    opened = next((n for n in lengths if before.endswith(said[:n])), 0)
+    return said[opened:] in _squeeze(rendered)
 
 
 def _squeeze(text: str) -> str:
