@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lora_ft.data.duplicates import find_near_duplicates, find_runs, share_runs
+from lora_ft.data.duplicates import find_near_duplicates, find_runs, hash_runs, share_runs
 
 WORDS = [f"word{n}" for n in range(400)]
 
@@ -63,3 +63,12 @@ def test_a_chain_of_likeness_has_one_first_row():
     for number in (1, 2, 3):
         texts.append(change(texts[0], number))
     assert find(texts).tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "text", ["Don't STOP_it: e-mail 3.50 (or)", "".join(map(chr, range(128))), "one", "two words", "", " \n"]
+)
+def test_ascii_is_cut_into_the_words_it_has_in_any_other_text(text):
+    """Two ways lead to words, a quick one for ASCII; a letter beyond ASCII behind the text takes the other."""
+    alone, within = hash_runs(f"{text} a b c d"), hash_runs(f"{text} a b c é")
+    np.testing.assert_array_equal(alone[:-1], within[:-1])
