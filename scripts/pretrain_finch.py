@@ -3,8 +3,8 @@
     python scripts/pretrain_finch.py --out lora_ft/builtin/models/finch
 
 It reads the pages of `finch_corpus.py`, those with few facts first. Some heads of the decoder are taught where to look:
-at the place of the page where the next token of the answer stands. A run that is cut
-off goes on where its last state was saved.
+at the place of the page where the next token of the answer stands. A run that is cut off goes on where its last state
+was saved.
 """
 
 import argparse

@@ -37,7 +37,7 @@ class Example:
     @property
     def answers(self) -> tuple[int, ...]:
         """Indices of the messages that the assistant wrote."""
-        return tuple([i for i, message in enumerate(self.messages) if message["role"] == ANSWERING_ROLE])
+        return tuple(i for i, message in enumerate(self.messages) if message["role"] == ANSWERING_ROLE)
 
     @property
     def reference(self) -> str:

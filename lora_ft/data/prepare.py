@@ -2,7 +2,7 @@
 
     sources ─► Examples (Arrow) ─► tokens and labels (Arrow) ─► a split for every row ─► its rows, packed or not (Arrow)
 
-Of every row only a few numbers stay in memory, about 40 bytes; some 300 more while the rows are dealt.
+Of every row only a few numbers stay in memory, about 40 bytes, and some 300 at most while the rows are dealt.
 """
 
 from __future__ import annotations

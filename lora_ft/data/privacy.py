@@ -130,7 +130,7 @@ def find_private(text: str) -> list[Finding]:
 def _has_hint(text: str, hint: tuple[str, ...] | re.Pattern[str]) -> bool:
     if isinstance(hint, re.Pattern):
         return hint.search(text) is not None
-    return hint[0] in text if len(hint) == 1 else any(part in text for part in hint)
+    return any(part in text for part in hint)
 
 
 def _overlap(match: re.Match[str], other: Finding) -> bool:

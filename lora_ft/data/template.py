@@ -68,12 +68,12 @@ class ChatTemplate:
         return self._guard(self._render_tracked, messages, tools, prompt)
 
     def _render_tracked(self, values: dict[str, Any]) -> tuple[str, list[tuple[int, int]]]:
-        so_far = [""]  # as one text: the tracker joins what is there to see where a mark starts
+        blocks: list[str] = []
         marks: list[tuple[int, int]] = []
-        with self._tracking, self._tracked.environment.activate_tracker(so_far, marks):
+        with self._tracking, self._tracked.environment.activate_tracker(blocks, marks):
             for block in _generate(self._tracked, values):
-                so_far[0] += block
-        return so_far[0], marks
+                blocks.append(block)  # one by one: the tracker reads off them where a mark starts
+        return "".join(blocks), marks
 
     def _find_terminator(self) -> str:
         try:
