@@ -61,7 +61,7 @@ def hash_runs(text: str) -> np.ndarray:
     """Hashes of the runs of three words in a text (of all words where there are fewer), uint64."""
     found = (text.translate(_ASCII).split() if text.isascii() else _WORDS(text.casefold())) or [""]
     words = np.fromiter(map(_HASHES.__getitem__, found), np.int64, len(found)).view(np.uint64)
-    mixed = np.convolve(words, _MIXERS[: min(RUN_WORDS, len(words))], "valid")
+    mixed = np.correlate(words, _MIXERS[: min(RUN_WORDS, len(words))], "valid")
     return mixed ^ (mixed >> np.uint64(29))
 
 
