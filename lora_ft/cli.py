@@ -16,6 +16,7 @@ from typing import Any
 
 from lora_ft.errors import Interrupted, UserError
 
+FIRST_RANK_SECONDS = 20.0
 ONTO = "onto the base's own weights, or onto what 4 bit made of them in training"
 
 
@@ -409,11 +410,16 @@ def recipes_command(options: argparse.Namespace) -> None:
 
 
 def _report_error(error: UserError, options: argparse.Namespace) -> int:
-    """One message: for people on stderr, for machines on stdout; under a launcher, from the first rank alone."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"\n{error}", file=sys.stderr)
-        if options.json:
-            options.emit({"ok": False, "faults": [vars(fault) for fault in error.faults]})
+    """One message: for people on stderr, for machines on stdout.
+
+    A launcher ends every rank as soon as one has ended. So the first rank says what all have found, and another one
+    waits to be ended meanwhile; what it alone has found, it says at last."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(FIRST_RANK_SECONDS)
+    print(f"\n{error}" if rank == "0" else f"\nrank {rank}: {error}", file=sys.stderr)
+    if options.json:
+        options.emit({"ok": False, "faults": [vars(fault) for fault in error.faults]})
     return error.exit_code
 
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from lora_ft.cli import main, parse_arguments
+from lora_ft.cli import FIRST_RANK_SECONDS, main, parse_arguments
 
 
 def run(*words, **options):
@@ -62,6 +62,21 @@ def test_user_errors_end_with_2_and_one_message(words, expected, capsys, tmp_pat
     shown = capsys.readouterr()
     assert expected in shown.err and "Traceback" not in shown.err and shown.out == ""
     assert not list(tmp_path.iterdir()), "nothing is written"
+
+
+def test_a_rank_leaves_the_word_to_the_first_one(recipe_file, capsys, monkeypatch):
+    """A launcher ends all ranks with the first that ends: one that did not wait would cut the first one short."""
+    waited = []
+    monkeypatch.setattr("lora_ft.cli.time.sleep", waited.append)
+    path = str(recipe_file(lora={"r": 0}))
+    monkeypatch.setenv("RANK", "0")
+    assert main(["check", path]) == 2
+    assert waited == []
+    said = capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")
+    assert main(["check", path]) == 2
+    assert waited == [FIRST_RANK_SECONDS]
+    assert capsys.readouterr().err == said.replace("\n", "\nrank 1: ", 1)
 
 
 def test_json_of_an_error_is_one_document(recipe_file):
