@@ -20,6 +20,10 @@ from lora_ft.sections import DataSection
 
 MAX_FAULTS = 20
 """Faults that are shown; reading stops there where bad rows are refused."""
+FOLDED = bytes(ord(" " if character.isspace() else character.lower()) for character in map(chr, range(128))) + bytes(
+    128
+)
+"""ASCII characters in lower case, white space as a space."""
 
 
 class FaultList:
@@ -131,7 +135,13 @@ def hash_example(example: Example) -> tuple[int, int]:
 
 
 def _normalise(text: str) -> bytes:
-    return " ".join(text.split()).casefold().encode()
+    """The text in lower case, with one space for any white space, and none around it."""
+    if not text.isascii():
+        return " ".join(text.split()).casefold().encode()
+    folded = text.encode().translate(FOLDED)  # the same for ASCII, without a string for every word
+    while b"  " in folded:
+        folded = folded.replace(b"  ", b" ")
+    return folded.strip()
 
 
 def _label_order(name: str) -> tuple[bool, int, str]:

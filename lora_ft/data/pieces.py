@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from threading import Lock
 from typing import TYPE_CHECKING
 
+from lora_ft.data.encoder import BatchEncoder
 from lora_ft.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,8 +35,7 @@ class PieceEncoder:
             rule = "The tokenizer has no fast form (tokenizer.json), without which rows cannot be cut exactly."
             raise UserError("model.base", type(tokenizer).__name__, rule, "Choose a base that has one.")
         self._backend = tokenizer.backend_tokenizer
-        self._turn = Lock()
-        """A batch takes all cores: two at once would both be late, with no Python done in the meantime."""
+        self._ids = BatchEncoder(self._backend).encode
         self._begin_ids, self._bos = _find_begin(tokenizer), tokenizer.bos_token
         added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
         self._added_at_end = re.compile(f"(?:{'|'.join(map(re.escape, added)) or '(?!)'})$")
@@ -64,17 +63,7 @@ class PieceEncoder:
     def _known_ids(self, texts: Iterable[str]) -> dict[str, list[int]]:
         """The ids of each text; what comes again and again (the end of a turn, a system prompt) is tokenised once."""
         unique = list(dict.fromkeys(texts))
-        with self._turn:
-            return dict(zip(unique, self._ids(unique), strict=True))
-
-    def _ids(self, texts: list[str]) -> list[list[int]]:
-        # transformers leaves the truncation and padding of its last call behind in the backend; each is only written to
-        # where it must be, since that waits for whatever other threads have under way
-        if self._backend.truncation is not None:
-            self._backend.no_truncation()
-        if self._backend.padding is not None:
-            self._backend.no_padding()
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+        return dict(zip(unique, self._ids(unique), strict=True))
 
     def _find_anchor(self) -> str:
         for anchor in ANCHORS:

@@ -28,11 +28,13 @@ class ArrowWriter:
         self._schema = schema
         self._file = pa.OSFile(str(path), "wb")
         self._chunks = (pa.ipc.new_stream if as_stream else pa.ipc.new_file)(self._file, schema)
+        self._waiting: list[pa.RecordBatch] = []
 
     def __enter__(self) -> ArrowWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._flush()
         self._chunks.close()
         self._file.close()
 
@@ -43,8 +45,15 @@ class ArrowWriter:
             self.append(pa.record_batch(arrays, schema=self._schema))
 
     def append(self, chunk: pa.RecordBatch) -> None:
-        """One chunk that Arrow has already."""
-        self._chunks.write_batch(chunk)
+        """One chunk that Arrow has already; a small one waits for others, since each that is mapped costs a page."""
+        self._waiting.append(chunk)
+        if sum(waiting.num_rows for waiting in self._waiting) >= CHUNK_ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._waiting:
+            self._chunks.write_batch(pa.concat_batches(self._waiting))
+        self._waiting = []
 
 
 def _to_arrow(column: Sequence[Any], kind: pa.DataType) -> pa.Array:

@@ -6,14 +6,17 @@ import threading
 from dataclasses import replace
 
 import datasets
+import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lora_ft.data import prepare as prepare_room
+from lora_ft.data.ingest import _normalise
 from lora_ft.data.prepare import build_splits, prepare_dataset
 from lora_ft.data.render import IGNORE_INDEX, render_example, render_prompt
 from lora_ft.data.split import SPLITS
+from lora_ft.data.store import CHUNK_ROWS, ArrowWriter
 from lora_ft.errors import UserError
 from lora_ft.sections import DataSection, SourceSection, SplitSection
 from tests.data.bases import MAIN, TERMINATOR, make_tokenizer
@@ -365,3 +368,19 @@ def test_rows_in_memory(builds):
     assert prepare_dataset(ROWS, tokenizer, packing=True, max_length=64).column_names[-1] == "seq_lengths"
     with pytest.raises(UserError, match="rows:2"):
         prepare_dataset([ROWS[0], {"oops": 1}], tokenizer)
+
+
+def test_small_chunks_are_written_together(tmp_path):
+    """Every chunk costs pages where it is mapped; a tenth of the rows came in as many chunks as all of them."""
+    path, schema = tmp_path / "rows.arrow", pa.schema({"number": pa.int32()})
+    with ArrowWriter(path, schema) as writer:
+        for start in range(0, 2550, 50):
+            writer.append(pa.record_batch([pa.array(range(start, start + 50), pa.int32())], schema=schema))
+    chunks = list(pa.ipc.open_stream(pa.OSFile(str(path))))
+    assert [chunk.num_rows for chunk in chunks] == [CHUNK_ROWS, CHUNK_ROWS, 550]
+    assert [number for chunk in chunks for number in chunk.column(0).to_pylist()] == list(range(2550))
+
+
+@given(st.text(st.sampled_from([chr(number) for number in range(128)] + list("ßİé   \n"))))
+def test_ascii_is_normalised_as_all_text_is(text):
+    assert _normalise(text) == " ".join(text.split()).casefold().encode()
