@@ -60,6 +60,12 @@ OUR_FIELDS: dict[str, dict[str, LibraryField]] = {
 }
 """Fields of the libraries' sections that are ours, or that take more than the library does."""
 
+RENAMED = {
+    "activation_checkpointing": "gradient_checkpointing",
+    "activation_checkpointing_kwargs": "gradient_checkpointing_kwargs",
+}
+"""Newest names of transformers, and those that TRL, PEFT and everything here know."""
+
 TASK_DEFAULTS: dict[str, dict[str, Any]] = {
     "seq2seq": {"max_length": 512, "max_target_length": DEFAULT_TARGET_LENGTH, "truncation": "context"},
 }
@@ -328,9 +334,12 @@ def _check_library_section(
         elif key not in fields:
             known = [field for field in fields if field not in owners]
             faults.append(_unknown(document, (name, key), value, known, f"{title} has no field of that name."))
+        elif RENAMED.get(key) in values:
+            faults.append(Fault(place, value, f"This is {RENAMED[key]}, which is there too.", "Remove one of them."))
         else:
             _check_value((name, key), value, fields[key], document, faults)
-    return dict(values)
+    kept: dict[str, Any] = {key: value for key, value in values.items() if key not in RENAMED or value is not None}
+    return {RENAMED.get(key, key): value for key, value in kept.items()}
 
 
 def _check_value(key: Key, value: Any, field: LibraryField, document: Document, faults: list[Fault]) -> bool:

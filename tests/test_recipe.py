@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from lora_ft.errors import UserError
+from lora_ft.model.planning import describe_work
 from lora_ft.recipe import OWNED_ELSEWHERE, dump_recipe, load_recipe
 
 GOOD = """\
@@ -96,6 +97,18 @@ def test_all_faults_come_at_once(tmp_path):
     assert f"{path}:9  training.lr: 3\n  trl.SFTConfig (" in message
     assert f'{path}:10  exprot\n  A recipe has no section of that name. Did you mean "export"?' in message
     assert "command line  data.split.validation: 1.2\n  A share lies between 0 and 1. Write 0.1 for a tenth." in message
+
+
+def test_checkpointing_has_one_name_here_and_may_have_either_in_a_recipe(tmp_path):
+    """transformers 5.23 renamed it; what plans memory and what trains must not read different names."""
+    path = write(tmp_path, GOOD)
+    new = load_recipe(path, ["training.activation_checkpointing=true", "training.activation_checkpointing_kwargs={}"])
+    assert new.training["gradient_checkpointing"] is True
+    assert describe_work(new).checkpointing
+    assert describe_work(load_recipe(path, ["training.activation_checkpointing=null"])).checkpointing is False
+    both = ["training.activation_checkpointing=true", "training.gradient_checkpointing=false"]
+    with pytest.raises(UserError, match="gradient_checkpointing, which is there too"):
+        load_recipe(path, both)
 
 
 @pytest.mark.parametrize(

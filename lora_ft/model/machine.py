@@ -125,9 +125,8 @@ def _training_settings(recipe: Recipe, machine: Machine, dtype: str) -> Iterator
     if on_cpu:
         yield "use_cpu", True, "no GPU is visible"
         yield "dataloader_pin_memory", False, "memory is pinned for a GPU only"
-    if recipe.training.get("activation_checkpointing") is None:  # transformers' new name for the same
-        reason = "on a CPU time is scarcer than memory" if on_cpu else "GPU memory is scarcer than time"
-        yield "gradient_checkpointing", not on_cpu, reason
+    reason = "on a CPU time is scarcer than memory" if on_cpu else "GPU memory is scarcer than time"
+    yield "gradient_checkpointing", not on_cpu, reason
     yield "optim", "adamw_torch_fused", "one pass over the weights instead of six"
     yield (
         "eval_strategy",

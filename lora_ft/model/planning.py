@@ -177,7 +177,7 @@ def _is_open(recipe: Recipe, key: str) -> bool:
 def _settle_checkpointing(
     recipe: Recipe, work: Workload, profile: ModelProfile, hardware: Hardware
 ) -> tuple[Recipe, Workload]:
-    if not _is_open(recipe, "gradient_checkpointing") or recipe.training.get("activation_checkpointing") is not None:
+    if not _is_open(recipe, "gradient_checkpointing"):
         return recipe, work
     without = plan_step(profile, replace(work, checkpointing=False), hardware)
     peak, limit = (f"{size / 2**30:.1f} GiB" for size in (without.peak_bytes, without.limit_bytes))

@@ -264,8 +264,7 @@ def _check_saving(launch: Launch, recipe: Recipe) -> Iterator[Fault]:
 def _check_ddp(recipe: Recipe) -> Iterator[Fault]:
     training = recipe.training
     reentrant = (training.get("gradient_checkpointing_kwargs") or {}).get("use_reentrant")
-    checkpoints = training.get("gradient_checkpointing") or training.get("activation_checkpointing")
-    if checkpoints and reentrant and training.get("ddp_find_unused_parameters") is not False:
+    if training.get("gradient_checkpointing") and reentrant and training.get("ddp_find_unused_parameters") is not False:
         rule = "Reentrant checkpointing under DDP ends the first step: a parameter is marked ready twice."
         yield Fault("training.gradient_checkpointing_kwargs.use_reentrant", True, rule, "Write false, or leave it out.")
 
@@ -303,10 +302,7 @@ def _check_fsdp(settings: FsdpSettings, recipe: Recipe) -> Iterator[Fault]:
     if settings.state_dict_type != "FULL_STATE_DICT":
         place, rule = "accelerate config  fsdp_config.fsdp_state_dict_type", "Its checkpoints hold no adapter."
         yield Fault(place, settings.state_dict_type, rule, "Write FULL_STATE_DICT.")
-    training = recipe.training
-    if settings.activation_checkpointing and (
-        training.get("gradient_checkpointing") or training.get("activation_checkpointing")
-    ):
+    if settings.activation_checkpointing and recipe.training.get("gradient_checkpointing"):
         rule = "Activations would be computed again twice: transformers refuses the pair."
         yield Fault("accelerate config  fsdp_config.fsdp_activation_checkpointing", True, rule, "Write false.")
     if recipe.quantization and recipe.quantization.get("load_in_8bit"):
