@@ -104,7 +104,7 @@ class MemoryPlan:
 
 def plan_step(profile: ModelProfile, work: Workload, hardware: Hardware) -> MemoryPlan:
     """The memory of one training step of a model with this profile."""
-    traits = memory_traits(hardware.kind)
+    traits = memory_traits(hardware.kind, profile.dtype_bytes)
     causes = (
         *_standing(profile, work, hardware),
         *_passing(profile, work, hardware, traits),
@@ -128,13 +128,16 @@ def _standing(profile: ModelProfile, work: Workload, hardware: Hardware) -> Iter
     where = 0 if "parameters" in hardware.offload else 1
     linear = int(profile.linear_parameters * bits / 8 * whole) * where
     yield Cause("base, linear layers", linear, f"{count(profile.linear_parameters)} × {bits:.2f} bit{shares}")
-    unread = int(profile.embedding_parameters * (1 - memory_traits(hardware.kind).embedding_share))
+    mapped_share = 1 - memory_traits(hardware.kind).embedding_share
+    is_mapped = bits < 8 or profile.dtype_bytes == 2  # files are of 16 bit, and the cache of what is computed in
+    unread = int(profile.embedding_parameters * mapped_share * is_mapped)
     other = int((profile.other_parameters - unread) * profile.dtype_bytes * whole) * where
     note = f"{count(profile.other_parameters - unread)} × {8 * profile.dtype_bytes} bit{shares}"
     yield Cause("base, embeddings and head", other, note)
-    unpacked = 2 * profile.linear_parameters
+    unpacked = profile.dtype_bytes * profile.linear_parameters
     if bits < 8 and hardware.kind == "cpu" and whole == 1 and can_keep_unpacked(unpacked, hardware.memory_bytes):
-        yield Cause("base, unpacked", unpacked, "4-bit weights once more in 16 bit, as memory allows it")
+        note = f"4-bit weights once more in {8 * profile.dtype_bytes} bit, as memory allows it"
+        yield Cause("base, unpacked", unpacked, note)
     trained = profile.trained_parameters
     yield Cause("adapter", int(trained * ADAPTER_BYTES * whole), f"{count(trained)} × 32 bit")
     if "optimizer" not in hardware.offload:

@@ -28,8 +28,8 @@ def fused_lora(model: nn.Module) -> Iterator[int]:
     """
     layers = [layer for layer in model.modules() if _is_plain_lora(layer)]
     bases = [layer.get_base_layer() for layer in layers]
-    unpacked_bytes = sum(2 * base.in_features * base.out_features for base in bases if _is_4bit(base))
-    keep = can_keep_unpacked(unpacked_bytes)
+    sizes = [_compute_dtype(base).itemsize * base.in_features * base.out_features for base in bases if _is_4bit(base)]
+    keep = can_keep_unpacked(sum(sizes))
     for layer in layers:
         layer.forward = _FusedForward(layer, keep)
     try:
@@ -60,6 +60,11 @@ def _is_4bit(base: nn.Module) -> bool:
     return isinstance(base, bitsandbytes.nn.Linear4bit)
 
 
+def _compute_dtype(base: Any) -> torch.dtype:
+    """The type that a layer multiplies in."""
+    return (base.compute_dtype if _is_4bit(base) else None) or base.weight.dtype
+
+
 class _FusedForward:
     """The forward of one LoRA layer; what it does not know goes to PEFT's."""
 
@@ -73,7 +78,7 @@ class _FusedForward:
         layer, name = self._layer, self._name
         if args or kwargs or layer.disable_adapters or layer.merged or layer.active_adapters != [name]:
             return self._forward(x, *args, **kwargs)
-        kind, dtype = x.device.type, self._compute_dtype()
+        kind, dtype = x.device.type, _compute_dtype(self._base)
         if x.dtype != dtype or (torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != dtype):
             return self._forward(x)
         low = layer.lora_dropout[name](x)
@@ -87,9 +92,6 @@ class _FusedForward:
             self._read_weight,
         )
 
-    def _compute_dtype(self) -> torch.dtype:
-        return (self._base.compute_dtype if _is_4bit(self._base) else None) or self._base.weight.dtype
-
     def _read_weight(self) -> Tensor:
         if self._weight is not None:
             return self._weight
@@ -100,7 +102,7 @@ class _FusedForward:
         from bitsandbytes.functional import dequantize_4bit
 
         weight = self._base.weight
-        return dequantize_4bit(weight.data, weight.quant_state).to(self._compute_dtype())
+        return dequantize_4bit(weight.data, weight.quant_state).to(_compute_dtype(self._base))
 
 
 class _LoraLinear(torch.autograd.Function):

@@ -1,5 +1,8 @@
 """Settings chosen for a machine: only what the recipe leaves open, each with its reason; impossible ones refused."""
 
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,3 +80,25 @@ def test_validation_that_nobody_asked_for_is_given_up_quietly_and_asked_for_is_r
 def test_this_machine_is_probed():
     machine = probe_machine()
     assert machine.memory_bytes > 2**30 and machine.name and machine.bf16_reason
+
+
+PIECES = """
+import resource, sys, torch
+from lora_ft.model.machine import map_large_pieces
+map_large_pieces("cpu", sys.argv[1])
+del_first = torch.ones(7 << 20)  # glibc puts what is smaller than this on its heap from now on
+del del_first
+pieces = [torch.ones(1 << 20) for _ in range(100)]
+del pieces[:-1]
+print(int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() >> 20)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is about glibc's heap")
+def test_large_pieces_are_given_back_in_float32():
+    """A hundred pieces of 4 MiB, of which the last is kept: on the heap, all that lie before it are."""
+    held = {}
+    for dtype in ("float32", "bfloat16"):
+        done = subprocess.run([sys.executable, "-c", PIECES, dtype], capture_output=True, text=True, check=True)
+        held[dtype] = int(done.stdout)
+    assert held["bfloat16"] - held["float32"] > 300

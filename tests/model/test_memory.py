@@ -26,13 +26,16 @@ LLAMA_8B = AutoConfig.for_model(
     num_key_value_heads=8,
 )
 GIB = 2**30
+SERIES = {series["dtype"]: series for series in MEASURED["series"]}
+SETTINGS = [(dtype, setting) for dtype, series in SERIES.items() for setting in series["measurements"]]
 
 
 @pytest.fixture(scope="module")
 def profiles():
     return {
-        name: profile_model(AutoConfig.for_model(**shape), "bfloat16", LORA)
+        (name, dtype): profile_model(AutoConfig.for_model(**shape), dtype, LORA)
         for name, shape in MEASURED["shapes"].items()
+        for dtype in SERIES
     }
 
 
@@ -45,11 +48,15 @@ def cause(plan, name):
     return sum(each.num_bytes for each in plan.causes if each.name == name)
 
 
-@pytest.mark.parametrize("measured", MEASURED["measurements"], ids=lambda m: "-".join(map(str, list(m.values())[:5])))
-def test_the_plan_is_within_a_tenth_of_what_was_measured(profiles, measured):
+@pytest.mark.parametrize(
+    ("dtype", "measured"),
+    SETTINGS,
+    ids=lambda part: part if isinstance(part, str) else "-".join(map(str, list(part.values())[:5])),
+)
+def test_the_plan_is_within_a_tenth_of_what_was_measured(profiles, dtype, measured):
     quantization = NF4 if measured["bits"] == 4 else None
     work = Workload(measured["batch_size"], measured["length"], quantization, measured["checkpointing"])
-    plan = plan_step(profiles[measured["shape"]], work, Hardware("cpu", MEASURED["memory_bytes"]))
+    plan = plan_step(profiles[measured["shape"], dtype], work, Hardware("cpu", SERIES[dtype]["memory_bytes"]))
     growth = plan.peak_bytes - cause(plan, "libraries")
     assert growth == pytest.approx(measured["growth_bytes"], rel=0.1)
 

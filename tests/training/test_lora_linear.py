@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lora_ft.model.adapter import attach_adapter
@@ -53,6 +54,16 @@ def test_equal_to_peft(tiny_base, monkeypatch, quantization, dtype, keep, lora):
     model = load(tiny_base, dtype, quantization, **lora)
     exact = dtype == "float32"
     assert compare(model, 1e-6 if exact else 5e-3, autocast=not exact) == 14  # seven matrices in each of two layers
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
+def test_unpacked_weights_are_counted_in_the_type_they_are_unpacked_to(tiny_base, monkeypatch, dtype, size):
+    counted = []
+    monkeypatch.setattr(lora_linear, "can_keep_unpacked", counted.append)
+    model = load(tiny_base, dtype, NF4)
+    with fused_lora(model):
+        layers = [layer.get_base_layer() for layer in model.modules() if isinstance(layer, LoraLayer)]
+    assert counted == [size * sum(layer.in_features * layer.out_features for layer in layers)]
 
 
 def test_dropout_is_the_same_for_the_same_seed(tiny_base):
