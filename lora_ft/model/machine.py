@@ -268,8 +268,9 @@ def peak_memory_bytes(machine: Machine) -> int:
 def map_large_pieces(device: str, dtype: str) -> None:
     """From now on pieces of a mebibyte or more are given back when they are free; for float32 on a CPU, under glibc.
 
-    Its heap keeps gaps between them: at the settings of scripts/benchmarks/plan.py a step took 1.1 to 2.8 times the
-    memory, by chance, so that no plan could tell. It was up to a sixth faster. (In bfloat16 this was not measured.)
+    Its heap keeps gaps between them: at eight of the nine settings of scripts/benchmarks/plan.py it held 1.1 to 2.8
+    times the memory, so that no plan could tell. Mapping costs time: up to a tenth, with gradient checkpointing up to
+    a third, and nothing that could be seen where batches are small. In bfloat16 it was not measured, and is not done.
     """
     if device == "cpu" and dtype == "float32" and platform.libc_ver()[0] == "glibc":
         ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 2**20)

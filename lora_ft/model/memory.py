@@ -129,7 +129,7 @@ def _standing(profile: ModelProfile, work: Workload, hardware: Hardware) -> Iter
     linear = int(profile.linear_parameters * bits / 8 * whole) * where
     yield Cause("base, linear layers", linear, f"{count(profile.linear_parameters)} × {bits:.2f} bit{shares}")
     mapped_share = 1 - memory_traits(hardware.kind).embedding_share
-    is_mapped = bits < 8 or profile.dtype_bytes == 2  # files are of 16 bit, and the cache of what is computed in
+    is_mapped = bits < 8 or profile.dtype_bytes == 2  # files hold 16 bit, the quantised cache what is computed in
     unread = int(profile.embedding_parameters * mapped_share * is_mapped)
     other = int((profile.other_parameters - unread) * profile.dtype_bytes * whole) * where
     note = f"{count(profile.other_parameters - unread)} × {8 * profile.dtype_bytes} bit{shares}"
