@@ -32,8 +32,10 @@ if TYPE_CHECKING:
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 """How `ByteLevel` splits text where it does so by itself."""
-PLAIN_PATTERN = re.compile(r"(?:\\p\{\w+\}|\\[sSrn]|\(\?(?:i:|:|!)|\((?!\?)|\[\^?|[^\\(\[^$.])*", re.ASCII)
-"""Expressions of what all libraries read alike: no anchors, no looking behind, no letters or escapes of their own."""
+PLAIN_PATTERN = re.compile(
+    r"(?!.*[\d,]\}\+)(?:\\p\{\w+\}|\\[sSrn]|\(\?(?:i:|:|!)|\((?!\?)|\[\^?|[^\\(\[^$.])*", re.ASCII | re.DOTALL
+)
+"""Expressions of what all libraries read alike: no anchors, no looking behind, no `{1,3}+`, no escapes of their own."""
 PLAIN_ASCII = (None, "NFC", "NFD", "NFKC", "NFKD")
 """Normalizers that leave ASCII as it is."""
 SEPARATOR = "\ue000"
@@ -51,6 +53,8 @@ class Twin:
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, all of them ASCII, without special tokens that it does not spell."""
+        if not texts:
+            return []
         joined = SEPARATOR.join(texts)
         ids = self._encoding.encode_to_numpy(joined, allowed_special="all", disallowed_special=())
         borders = np.flatnonzero(ids == self._encoding.max_token_value).tolist()
@@ -128,7 +132,8 @@ def find_ranks(model: Mapping[str, Any], added: set[str]) -> dict[bytes, int] | 
         return None
     merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
     made = [numbers.get("".join(pair), -1) for pair in merges]
-    if any(after < before for before, after in pairwise([0, *made])):
+    in_order = all(before <= after for before, after in pairwise([0, *made]))
+    if not in_order or not numbers.keys() >= {part for pair in merges for part in pair}:
         return None
     merged = Tokenizer(models.BPE(numbers, merges)).encode_batch_fast(list(numbers), add_special_tokens=False)
     if any(found.ids != [number] for found, number in zip(merged, numbers.values(), strict=True)):

@@ -50,6 +50,11 @@ def spell_special(core: Tokenizer) -> Tokenizer:
     return core
 
 
+def add_plain(core: Tokenizer, text: str) -> Tokenizer:
+    core.add_tokens([text])
+    return core
+
+
 def from_merges(*merges: str) -> Tokenizer:
     """A tokenizer that knows all bytes and these merges, numbered in their order."""
     pairs = [tuple(merge.split()) for merge in merges]
@@ -105,6 +110,7 @@ OTHERS = {
     "parts that no match covers": lambda: train(split_by(r"[a-z]+")),
     "an expression that tiktoken might not know": lambda: train(split_by(r"(?~x)|x")),
     "an expression that tiktoken might read otherwise": lambda: train(split_by(r"a+$|[\s\S]")),
+    "a count that is possessive in one of the two": lambda: train(split_by(r"\p{N}{1,3}+|[\s\S]")),
     "empty matches": lambda: train(split_by(r"a*|[\s\S]")),
     "special tokens are plain text": lambda: spell_special(train()),
     "lower case": lambda: train(normalizer=normalizers.Lowercase()),
@@ -112,6 +118,7 @@ OTHERS = {
     "a sign behind words": lambda: change(train(), end_of_word_suffix="#"),
     "no merges at all": lambda: Tokenizer(models.WordPiece({"[UNK]": 0}, unk_token="[UNK]")),
     "a byte without a token": lambda: Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")])),
+    "merges of a token that text never reaches": lambda: add_plain(from_merges("a b", "ab c"), "ab"),
     "merges out of order": lambda: from_merges("a b", "ab c", "a b"),
     "a pair that no merge joins": lambda: from_merges("b c", "a b", "ab c"),
 }
@@ -143,12 +150,14 @@ def test_the_twin_takes_over_in_the_middle(hasty):
     assert encode._twin is None
     found = [encode.encode(texts) for _ in range(3)]
     assert encode._twin is not None
+    assert encode.encode([]) == encode._twin.encode([]) == []
     assert found == [ids(core, texts)] * 3
 
 
 def test_few_texts_need_no_twin():
     encode = BatchEncoder(TWINS["llama3"])
     assert encode.encode(["Hello"]) == ids(TWINS["llama3"], ["Hello"])
+    assert encode.encode([]) == []
     assert encode._twin is None
 
 
