@@ -113,10 +113,9 @@ def load_base(
     import transformers
     from transformers.integrations import is_deepspeed_zero3_enabled
 
-    from lora_ft.model.machine import map_large_pieces, probe_machine
+    from lora_ft.model.machine import probe_machine
     from lora_ft.model.quant_cache import load_quantised
 
-    map_large_pieces(device or probe_machine().device, section.dtype)
     options: dict[str, Any] = {
         "dtype": getattr(torch, section.dtype) if section.dtype != "auto" else "auto",
         "attn_implementation": section.attn_implementation,

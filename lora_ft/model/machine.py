@@ -189,15 +189,14 @@ class MemoryTraits:
     """Share of its memory that a step may take."""
 
 
-def memory_traits(kind: str, dtype_bytes: int = 2) -> MemoryTraits:
-    """What is known of `cpu` or `cuda`, computing in numbers of so many bytes.
+def memory_traits(kind: str, is_mapped: bool = False) -> MemoryTraits:
+    """What is known of `cpu` or `cuda`; `is_mapped` after `map_large_pieces`.
 
-    CPU: fitted to tests/model/memory_measurements.json; in bfloat16 glibc's heap leaves gaps, see `map_large_pieces`.
-    CUDA: a context is 0.5 GiB, tensors are counted from the code, as in Llama's MLP (gradients of gate, up and their
-    product), and not yet measured.
+    CPU: fitted to tests/model/memory_measurements.json; glibc's heap leaves gaps. CUDA: a context is 0.5 GiB, tensors
+    are counted from the code, as in Llama's MLP (gradients of gate, up and their product), and not yet measured.
     """
     if kind == "cpu":
-        slack_share, wide_tensors = (0.0, 1.5) if dtype_bytes == 4 else (0.16, 11)
+        slack_share, wide_tensors = (0.0, 1.5) if is_mapped else (0.16, 11)
         return MemoryTraits(512_000_000, 56_000_000, slack_share, wide_tensors, 32 * 2**20, 0.1, 0.9)
     return MemoryTraits(0, 600 * 2**20, 0.02, 3, 300 * 2**20, 1.0, 0.95)
 
@@ -265,14 +264,19 @@ def peak_memory_bytes(machine: Machine) -> int:
     return peak if sys.platform == "darwin" else 1024 * peak  # macOS counts bytes, Linux KiB
 
 
-def map_large_pieces(device: str, dtype: str) -> None:
-    """From now on pieces of a mebibyte or more are given back when they are free; for float32 on a CPU, under glibc.
+def maps_large_pieces(device_type: str, dtype: str, checkpointing: bool) -> bool:
+    """Whether memory is given back at once: for float32 on a CPU, where checkpointing shows that memory is scarce.
 
-    Its heap keeps gaps between them: at eight of the nine settings of scripts/benchmarks/plan.py it held 1.1 to 2.8
-    times the memory, so that no plan could tell. Mapping costs time: up to a tenth, with gradient checkpointing up to
-    a third, and nothing that could be seen where batches are small. In bfloat16 it was not measured, and is not done.
+    glibc's heap keeps gaps: with checkpointing it held 2.2 to 2.8 times the memory at the settings of
+    scripts/benchmarks/plan.py. Mapping took up to a third more time there; small batches without checkpointing took
+    half as much again, so that nothing is mapped without. In bfloat16 it was not measured.
     """
-    if device == "cpu" and dtype == "float32" and platform.libc_ver()[0] == "glibc":
+    return device_type == "cpu" and dtype.endswith("float32") and checkpointing
+
+
+def map_large_pieces() -> None:
+    """From now on pieces of a mebibyte or more go back to the machine when they are free, if glibc has the memory."""
+    if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 2**20)
 
 

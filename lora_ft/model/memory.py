@@ -14,7 +14,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lora_ft.model.machine import MemoryTraits, can_keep_unpacked, memory_traits, prefers_matmul_attention
+from lora_ft.model.machine import (
+    MemoryTraits,
+    can_keep_unpacked,
+    maps_large_pieces,
+    memory_traits,
+    prefers_matmul_attention,
+)
 from lora_ft.model.profile import ModelProfile
 
 BLOCK_SIZE = 64
@@ -104,7 +110,8 @@ class MemoryPlan:
 
 def plan_step(profile: ModelProfile, work: Workload, hardware: Hardware) -> MemoryPlan:
     """The memory of one training step of a model with this profile."""
-    traits = memory_traits(hardware.kind, profile.dtype_bytes)
+    dtype = {2: "bfloat16", 4: "float32"}[profile.dtype_bytes]
+    traits = memory_traits(hardware.kind, maps_large_pieces(hardware.kind, dtype, work.checkpointing))
     causes = (
         *_standing(profile, work, hardware),
         *_passing(profile, work, hardware, traits),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lora_ft.errors import UserError
-from lora_ft.model.machine import Machine, choose_settings, probe_machine, settle_validation
+from lora_ft.model.machine import Machine, choose_settings, maps_large_pieces, probe_machine, settle_validation
 from lora_ft.sections import DataSection, ModelSection, Recipe, SourceSection
 
 CPU = Machine("cpu", "some CPU", 16 * 2**30, native_bf16=False, bf16_reason="measured 0.4× the speed of float32")
@@ -85,9 +85,10 @@ def test_this_machine_is_probed():
 PIECES = """
 import resource, sys, torch
 from lora_ft.model.machine import map_large_pieces
-map_large_pieces("cpu", sys.argv[1])
-del_first = torch.ones(7 << 20)  # glibc puts what is smaller than this on its heap from now on
-del del_first
+if sys.argv[1] == "mapped":
+    map_large_pieces()
+first = torch.ones(7 << 20)  # glibc puts what is smaller than this on its heap from now on
+del first
 pieces = [torch.ones(1 << 20) for _ in range(100)]
 del pieces[:-1]
 print(int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() >> 20)
@@ -95,10 +96,17 @@ print(int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() >
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is about glibc's heap")
-def test_large_pieces_are_given_back_in_float32():
+def test_mapped_pieces_are_given_back():
     """A hundred pieces of 4 MiB, of which the last is kept: on the heap, all that lie before it are."""
     held = {}
-    for dtype in ("float32", "bfloat16"):
-        done = subprocess.run([sys.executable, "-c", PIECES, dtype], capture_output=True, text=True, check=True)
-        held[dtype] = int(done.stdout)
-    assert held["bfloat16"] - held["float32"] > 300
+    for way in ("mapped", "heap"):
+        done = subprocess.run([sys.executable, "-c", PIECES, way], capture_output=True, text=True, check=True)
+        held[way] = int(done.stdout)
+    assert held["heap"] - held["mapped"] > 300
+
+
+def test_memory_is_given_back_where_checkpointing_asks_for_it():
+    assert maps_large_pieces("cpu", "torch.float32", True)
+    assert not maps_large_pieces("cpu", "float32", False)
+    assert not maps_large_pieces("cpu", "bfloat16", True)
+    assert not maps_large_pieces("cuda", "float32", True)
