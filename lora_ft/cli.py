@@ -17,6 +17,7 @@ from typing import Any
 from lora_ft.errors import Interrupted, UserError
 
 FIRST_RANK_SECONDS = 20.0
+"""What other ranks give the first one to say a fault that all of them have found."""
 ONTO = "onto the base's own weights, or onto what 4 bit made of them in training"
 
 

@@ -20,10 +20,8 @@ from lora_ft.sections import DataSection
 
 MAX_FAULTS = 20
 """Faults that are shown; reading stops there where bad rows are refused."""
-FOLDED = bytes(ord(" " if character.isspace() else character.lower()) for character in map(chr, range(128))) + bytes(
-    128
-)
-"""ASCII characters in lower case, white space as a space."""
+FOLDED = bytes(ord(" " if chr(n).isspace() else chr(n).lower()) if n < 128 else n for n in range(256))
+"""ASCII characters in lower case, white space as a space; other bytes as they are."""
 
 
 class FaultList:

@@ -156,7 +156,8 @@ def copy_documents(documents: Documents, numbers: np.ndarray, target: Path, orde
                 start += chunk.num_rows
                 if is_class:
                     taken = taken.set_column(1, "labels", pa.array(order[taken.column(1).to_numpy()]))
-                writer.append(taken)
+                if taken.num_rows:
+                    writer.append(taken)
 
 
 def pack_documents(documents: Documents, numbers: np.ndarray, target: Path, row_length: int) -> tuple[int, float]:

@@ -43,7 +43,7 @@ class Machine:
 
 @cache
 def probe_machine() -> Machine:
-    """The machine this process runs on; the CPU's bfloat16 speed is measured, once, in about 0.1 s."""
+    """The machine this process runs on; the CPU's bfloat16 speed is measured, once, in about 0.2 s."""
     import torch
 
     if torch.cuda.is_available():
@@ -164,6 +164,16 @@ def prefers_fused_lora(device_type: str) -> bool:
     return device_type == "cpu"
 
 
+def prefers_mapped_memory(device_type: str, dtype: Any, checkpointing: bool) -> bool:
+    """Whether memory is given back at once: for float32 on a CPU, where checkpointing shows that memory is scarce.
+
+    glibc's heap keeps gaps: with checkpointing it held 2.2 to 2.8 times the memory at the settings of
+    scripts/benchmarks/plan.py. Mapping took up to two fifths more time there; small batches without checkpointing took
+    half as much again, so that nothing is mapped without. In bfloat16 it was not measured.
+    """
+    return device_type == "cpu" and str(dtype) == "torch.float32" and checkpointing
+
+
 def can_keep_unpacked(num_bytes: int, memory_bytes: int | None = None) -> bool:
     """Whether 4-bit weights may also lie unpacked in memory, for a tenth of a step: if they take a twentieth of it."""
     return num_bytes <= (memory_bytes or _main_memory_bytes()) // 20
@@ -262,16 +272,6 @@ def peak_memory_bytes(machine: Machine) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak  # macOS counts bytes, Linux KiB
-
-
-def maps_large_pieces(device_type: str, dtype: str, checkpointing: bool) -> bool:
-    """Whether memory is given back at once: for float32 on a CPU, where checkpointing shows that memory is scarce.
-
-    glibc's heap keeps gaps: with checkpointing it held 2.2 to 2.8 times the memory at the settings of
-    scripts/benchmarks/plan.py. Mapping took up to a third more time there; small batches without checkpointing took
-    half as much again, so that nothing is mapped without. In bfloat16 it was not measured.
-    """
-    return device_type == "cpu" and dtype.endswith("float32") and checkpointing
 
 
 def map_large_pieces() -> None:

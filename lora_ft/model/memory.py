@@ -17,8 +17,8 @@ from typing import Any
 from lora_ft.model.machine import (
     MemoryTraits,
     can_keep_unpacked,
-    maps_large_pieces,
     memory_traits,
+    prefers_mapped_memory,
     prefers_matmul_attention,
 )
 from lora_ft.model.profile import ModelProfile
@@ -110,8 +110,8 @@ class MemoryPlan:
 
 def plan_step(profile: ModelProfile, work: Workload, hardware: Hardware) -> MemoryPlan:
     """The memory of one training step of a model with this profile."""
-    dtype = {2: "bfloat16", 4: "float32"}[profile.dtype_bytes]
-    traits = memory_traits(hardware.kind, maps_large_pieces(hardware.kind, dtype, work.checkpointing))
+    is_mapped = prefers_mapped_memory(hardware.kind, _dtype_of(profile), work.checkpointing)
+    traits = memory_traits(hardware.kind, is_mapped)
     causes = (
         *_standing(profile, work, hardware),
         *_passing(profile, work, hardware, traits),
@@ -183,10 +183,13 @@ def _passing(profile: ModelProfile, work: Workload, hardware: Hardware, traits: 
 
 def _attention_bytes(profile: ModelProfile, work: Workload, hardware: Hardware) -> int:
     """What a layer keeps of attention probabilities, where they are made: in matrix products on a CPU."""
-    dtype = {2: "torch.bfloat16", 4: "torch.float32"}[profile.dtype_bytes]
-    if work.length > 1024 or not prefers_matmul_attention(hardware.kind, dtype):
+    if work.length > 1024 or not prefers_matmul_attention(hardware.kind, _dtype_of(profile)):
         return 0
     return int(work.num_tokens * profile.num_heads * (work.length / 2 + 64) * profile.dtype_bytes)
+
+
+def _dtype_of(profile: ModelProfile) -> str:
+    return {2: "torch.bfloat16", 4: "torch.float32"}[profile.dtype_bytes]
 
 
 def _bits_per_weight(quantization: dict[str, Any] | None, dtype_bytes: int) -> float:

@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from lora_ft.errors import UserError
-from lora_ft.model.machine import Machine, choose_settings, maps_large_pieces, probe_machine, settle_validation
+from lora_ft.model.machine import Machine, choose_settings, prefers_mapped_memory, probe_machine, settle_validation
 from lora_ft.sections import DataSection, ModelSection, Recipe, SourceSection
 
 CPU = Machine("cpu", "some CPU", 16 * 2**30, native_bf16=False, bf16_reason="measured 0.4× the speed of float32")
@@ -106,7 +107,7 @@ def test_mapped_pieces_are_given_back():
 
 
 def test_memory_is_given_back_where_checkpointing_asks_for_it():
-    assert maps_large_pieces("cpu", "torch.float32", True)
-    assert not maps_large_pieces("cpu", "float32", False)
-    assert not maps_large_pieces("cpu", "bfloat16", True)
-    assert not maps_large_pieces("cuda", "float32", True)
+    assert prefers_mapped_memory("cpu", torch.float32, True)
+    assert not prefers_mapped_memory("cpu", torch.float32, False)
+    assert not prefers_mapped_memory("cpu", torch.bfloat16, True)
+    assert not prefers_mapped_memory("cuda", torch.float32, True)
