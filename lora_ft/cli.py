@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import dataclasses
+import gc
 import json
 import os
 import shutil
@@ -25,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0 done, 2 the user must change something, 1 failed, 130 interrupted."""
     options = parse_arguments(arguments)
     _quiet_libraries()
+    atexit.register(gc.freeze)  # or Python looks through all that libraries hold before it ends: a second and more
     stdout = sys.stdout
     options.emit = lambda value: print(json.dumps(value, indent=2, ensure_ascii=False, default=str), file=stdout)
     try:
@@ -310,16 +313,18 @@ def sweep_command(options: argparse.Namespace) -> None:
 
 
 def merge_command(options: argparse.Namespace) -> None:
+    from lora_ft.export.fresh import process_ahead
     from lora_ft.export.merge import merge_adapter
 
-    report = merge_adapter(
-        [_read_weight(word) for word in options.adapters],
-        options.out,
-        base=options.base,
-        dtype=options.dtype,
-        onto=options.onto,
-        prove=not options.no_proof,
-    )
+    with contextlib.nullcontext() if options.no_proof else process_ahead():
+        report = merge_adapter(
+            [_read_weight(word) for word in options.adapters],
+            options.out,
+            base=options.base,
+            dtype=options.dtype,
+            onto=options.onto,
+            prove=not options.no_proof,
+        )
     if options.json:
         options.emit(report.to_json())
         return
@@ -341,9 +346,11 @@ def _read_weight(word: str) -> tuple[Path, float]:
 
 
 def verify_command(options: argparse.Namespace) -> int:
+    from lora_ft.export.fresh import process_ahead
     from lora_ft.export.verify import verify_folder
 
-    report = verify_folder(options.folder, quick=options.quick, base=options.base)
+    with contextlib.nullcontext() if options.quick else process_ahead():
+        report = verify_folder(options.folder, quick=options.quick, base=options.base)
     if options.json:
         options.emit(report.to_json())
     else:

@@ -23,7 +23,9 @@ from lora_ft.errors import RunFailed, raise_faults
 from lora_ft.evaluation.curves import read_log, trace_curves
 from lora_ft.evaluation.general import prepare_general
 from lora_ft.evaluation.metrics import check_metrics
+from lora_ft.export.fresh import process_ahead
 from lora_ft.fingerprint import BaseIdentity, hash_tensors
+from lora_ft.libraries import load_libraries, quiet_libraries
 from lora_ft.model.adapter import attach_adapter, count_trainable, load_weights
 from lora_ft.model.load import find_base, find_config, load_base, load_tokenizer
 from lora_ft.model.machine import Machine, choose_settings, peak_memory_bytes, probe_machine, settle_validation
@@ -75,6 +77,7 @@ class RunResult:
     """The content of its `run.json`."""
 
 
+@process_ahead()
 def run_recipe(
     recipe: Recipe, *, fresh: bool = False, warm_start: bool = False, quiet: bool = False
 ) -> RunResult | None:
@@ -91,6 +94,7 @@ def run_recipe(
     launch, machine = read_launch(), probe_machine()
     recipe = settle_recipe(recipe, machine, launch)
     base = find_base(recipe.model.base, recipe.model.revision, recipe.model.trust_remote_code)
+    load_libraries("datasets", "trl.trainer.sft_trainer")
     tokenizer = load_tokenizer(base.folder, recipe.model, recipe.data.chat_template)
     splits = build_splits(recipe.data, tokenizer)
     prepare_general(recipe.evaluation, recipe.data, tokenizer)
@@ -175,6 +179,7 @@ def plan_recipe(recipe: Recipe, machine: Machine, launch: Launch) -> RecipePlan:
     """The memory plan of a settled recipe; neither weights nor data are looked at, nor fetched."""
     quiet_libraries()
     folder = find_config(recipe.model.base, recipe.model.revision, recipe.model.trust_remote_code)
+    load_libraries()
     return plan_memory(recipe, folder, describe_hardware(machine, launch))
 
 
@@ -193,6 +198,7 @@ def check_recipe(recipe: Recipe, machine: Machine, launch: Launch) -> tuple[Reci
     """
     quiet_libraries()
     folder = find_config(recipe.model.base, recipe.model.revision, recipe.model.trust_remote_code)
+    load_libraries("datasets")
     tokenizer = load_tokenizer(folder, recipe.model, recipe.data.chat_template)
     splits, audit = check_data(recipe.data, tokenizer)
     prepare_general(recipe.evaluation, recipe.data, tokenizer)
@@ -259,21 +265,6 @@ def read_base(
     return load_base(
         base, recipe.model, recipe.quantization, task=task, labels=labels, pad_token_id=tokenizer.pad_token_id
     )
-
-
-def quiet_libraries() -> None:
-    """Turns off what libraries send to their makers, and the bars they draw through ours.
-
-    The variables are read when a library is imported; one that already is, as in a notebook, is told by hand.
-    """
-    for name in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK", "DISABLE_TELEMETRY"):
-        os.environ.setdefault(name, "1")
-
-    from huggingface_hub import constants
-    from transformers.utils import logging
-
-    constants.HF_HUB_DISABLE_TELEMETRY = True
-    logging.disable_progress_bar()
 
 
 def describe_run(recipe: Recipe, base: BaseIdentity, splits: Splits, launch: Launch) -> dict[str, Any]:
@@ -370,6 +361,7 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
     quiet_libraries()
     recipe = load_recipe(folder / "recipe.yaml")
     base = find_base(recipe.model.base, recipe.model.revision, recipe.model.trust_remote_code)
+    load_libraries("datasets")
     tokenizer = load_tokenizer(base.folder, recipe.model, recipe.data.chat_template)
     splits = build_splits(recipe.data, tokenizer)
     model = read_base(recipe, base, tokenizer, splits)

@@ -14,6 +14,7 @@ FLOORS = {
     "library_fields": 0,
     "yaml_lines": 0,
     "credentials": 0,
+    "libraries": 0,
     "recipe": 0,
     "recipe_paths": 0,
     "data": 1,

@@ -177,6 +177,7 @@ def test_two_commands_on_one_folder(recipe_file, tmp_path):
     path, run = recipe_file(training=LONG, data=NO_TEST), tmp_path / "run"
     first = start(path)
     wait_for_step(first, run, 2)
+    first.send_signal(signal.SIGSTOP)  # or it may have ended before the second one has loaded its libraries
     second = start(path)
     _, err = second.communicate(timeout=60)
     assert second.returncode == 2 and f"Process {first.pid} on" in err, err

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lora_ft.errors import UserError
 from lora_ft.export.manifest import AdapterManifest, read_manifest
 from lora_ft.fingerprint import read_safetensors_header
+from lora_ft.libraries import load_libraries
 
 if TYPE_CHECKING:
     import torch
@@ -49,8 +50,6 @@ def open_adapter(folder: Path, trust_remote_code: bool = False) -> Adapter:
     Raises:
         UserError: `folder` holds no adapter, one of another method than LoRA, or pickled weights only.
     """
-    from peft import PeftConfig
-
     if not (folder / CONFIG_NAME).is_file():
         rule = f"An adapter folder holds {CONFIG_NAME} and {TENSORS_NAME}."
         raise UserError(str(folder), None, rule, "Give the folder that was saved, such as runs/NAME/adapter.")
@@ -66,6 +65,10 @@ def open_adapter(folder: Path, trust_remote_code: bool = False) -> Adapter:
         rule = f"Every tensor of a PEFT adapter is named `{KEY_PREFIX}…`."
         raise UserError(str(folder / TENSORS_NAME), strangers[0], rule, "Save the adapter with PEFT's save_pretrained.")
     shapes = {key.removeprefix(KEY_PREFIX): tuple(tensor["shape"]) for key, tensor in header.items()}
+    load_libraries()  # after the faults that need none of them
+
+    from peft import PeftConfig
+
     return Adapter(folder, PeftConfig.from_pretrained(str(folder)), shapes, read_manifest(folder), trust_remote_code)
 
 

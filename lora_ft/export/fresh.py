@@ -1,17 +1,18 @@
 """Questions to models that a process of their own answers, so that nothing of this one's memory can help.
 
-python -m lora_ft.export.fresh TASK REQUEST.json ANSWER.json
+python -m lora_ft.export.fresh < REQUEST.json > ANSWER.json
 """
 
 from __future__ import annotations
 
+import atexit
 import gc
 import json
 import os
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,28 @@ from lora_ft.export.parity import compare_with_references, record_references
 from lora_ft.export.reload import WeightedAdapter, load_combined, load_merged
 from lora_ft.export.samples import record_samples
 from lora_ft.fingerprint import BaseIdentity
+from lora_ft.libraries import load_libraries, quiet_libraries
+
+_ahead: list[subprocess.Popen[str]] = []
+"""The process that waits for the next question, if one was started."""
+
+
+@contextmanager
+def process_ahead() -> Iterator[None]:
+    """Within it a process for the first question loads its libraries while this one loads its own, and then waits.
+
+    It takes a core for the seconds that this takes, and some 300 MB. It ends with what started it, however that ends:
+    its input is closed then.
+    """
+    if os.environ.get("RANK", "0") == "0" and not _ahead:  # only the first rank asks
+        _ahead.append(_start_process())
+    try:
+        yield
+    finally:
+        for process in _ahead:
+            process.kill()
+            process.communicate()
+        _ahead.clear()
 
 
 def ask_fresh(task: str, **request: Any) -> Any:
@@ -31,23 +54,26 @@ def ask_fresh(task: str, **request: Any) -> Any:
     Raises:
         RunFailed: it could not load what it was asked about.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        paths = [Path(scratch) / "request.json", Path(scratch) / "answer.json"]
-        paths[0].write_text(json.dumps(request), encoding="utf-8")
-        command = [sys.executable, "-m", "lora_ft.export.fresh", task, *map(str, paths)]
-        environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1"}  # no compiler is loaded for a few answers
-        process = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-        if process.returncode:
-            reason = (
-                process.stderr.strip().splitlines()[-1]
-                if process.stderr.strip()
-                else f"it was killed ({process.returncode})"
-            )
-            rule = f"A fresh process could not load it: {reason}"
-            raise RunFailed(
-                str(request.get("folder", task)), None, rule, "Check that it fits in memory, and verify its files."
-            )
-        return json.loads(paths[1].read_text(encoding="utf-8"))
+    process = _ahead.pop() if _ahead and _ahead[-1].poll() is None else _start_process()
+    try:
+        answer, said = process.communicate(json.dumps({"task": task, **request}))
+    except BaseException:
+        process.kill()
+        raise
+    if process.returncode:
+        reason = said.strip().splitlines()[-1] if said.strip() else f"it was killed ({process.returncode})"
+        rule = f"A fresh process could not load it: {reason}"
+        raise RunFailed(
+            str(request.get("folder", task)), None, rule, "Check that it fits in memory, and verify its files."
+        )
+    return json.loads(answer)
+
+
+def _start_process() -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "lora_ft.export.fresh"]
+    environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1"}  # no compiler is loaded for a few answers
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment)
 
 
 def answer_adapter(request: dict[str, Any]) -> Any:
@@ -92,14 +118,24 @@ TASKS: dict[str, Callable[[dict[str, Any]], Any]] = {
 """What can be asked."""
 
 
-def main(task: str, request: str, answer: str) -> None:
-    """The answer to one request, written to a file."""
+def main() -> None:
+    """Loads the libraries, reads one request from stdin and writes the answer to stdout; without a request, nothing."""
+    atexit.register(gc.freeze)  # or Python looks through all that the libraries hold before it ends
+    stdout = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no answer
+    quiet_libraries()
+    load_libraries()
+    text = sys.stdin.read()
+    if not text:
+        return
+    request = json.loads(text)
     try:
-        found = TASKS[task](json.loads(Path(request).read_text(encoding="utf-8")))
+        answer = TASKS[request["task"]](request)
     except UserError as error:
         raise SystemExit(" ".join(str(error).split())) from error
-    Path(answer).write_text(json.dumps(found), encoding="utf-8")
+    json.dump(answer, stdout)
+    stdout.close()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -11,11 +11,12 @@ from transformers import TrainerCallback
 
 from lora_ft.data.prepare import build_splits
 from lora_ft.errors import UserError
+from lora_ft.libraries import quiet_libraries
 from lora_ft.model.load import find_base, load_tokenizer
 from lora_ft.model.machine import probe_machine, release_memory, settle_validation
 from lora_ft.model.planning import plan_memory, refuse_unfit
 from lora_ft.recipe import EARLY_STOPPING, library_part
-from lora_ft.run import prepare_trainer, quiet_libraries, settle_recipe
+from lora_ft.run import prepare_trainer, settle_recipe
 from lora_ft.sections import Recipe
 from lora_ft.training.distributed import describe_hardware, read_launch
 

@@ -1,0 +1,62 @@
+"""The large libraries: kept quiet, and imported without what makes that slow."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+def quiet_libraries() -> None:
+    """Turns off what libraries send to their makers, and the bars they draw through ours.
+
+    The variables are read when a library is imported; one that already is, as in a notebook, is told by hand.
+    """
+    for name in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK", "DISABLE_TELEMETRY"):
+        os.environ.setdefault(name, "1")
+
+    from huggingface_hub import constants
+    from transformers.utils import logging
+
+    constants.HF_HUB_DISABLE_TELEMETRY = True
+    logging.disable_progress_bar()
+
+
+def load_libraries(*others: str) -> None:
+    """Imports PEFT, with torch, transformers and bitsandbytes, and the modules `others`.
+
+    Imports make a million objects that stay, and Python looks through them for garbage again and again; without that
+    they take about a third less time.
+    """
+    was_collecting = gc.isenabled()
+    gc.disable()
+    try:
+        with _no_compiler():
+            importlib.import_module("bitsandbytes")
+        for name in ("peft", *others):
+            importlib.import_module(name)
+        gc.freeze()
+        gc.unfreeze()  # what was frozen is old now, and is not looked through twice more on the way there
+    finally:
+        if was_collecting:
+            gc.enable()
+
+
+@contextmanager
+def _no_compiler() -> Iterator[None]:
+    """torch.compile returns what it is given.
+
+    bitsandbytes compiles what it has for devices without kernels of its own, and loads Inductor for it wherever it is
+    imported, which takes a second. CPUs and CUDA have its kernels.
+    """
+    before = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TORCHDYNAMO_DISABLE"]
+        else:
+            os.environ["TORCHDYNAMO_DISABLE"] = before
