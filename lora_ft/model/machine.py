@@ -21,8 +21,10 @@ from lora_ft.errors import Fault, UserError, raise_faults
 from lora_ft.recipe import EARLY_STOPPING
 from lora_ft.sections import Choice, Recipe, Task
 
-M_MMAP_THRESHOLD = -3
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of mallopt, in glibc's malloc.h."""
+LARGE_BYTES, SCARCE_BYTES = 2**24, 2**20
+"""From which size on pieces of memory are mapped in float32: usually, and where memory is scarce."""
 
 
 @dataclass(frozen=True)
@@ -164,14 +166,17 @@ def prefers_fused_lora(device_type: str) -> bool:
     return device_type == "cpu"
 
 
-def prefers_mapped_memory(device_type: str, dtype: Any, checkpointing: bool) -> bool:
-    """Whether memory is given back at once: for float32 on a CPU, where checkpointing shows that memory is scarce.
+def choose_mapped_bytes(device_type: str, dtype: Any, checkpointing: bool) -> int | None:
+    """From which size on pieces of memory are mapped, and so given back when they are free; None: as glibc has it.
 
-    glibc's heap keeps gaps: with checkpointing it held 2.2 to 2.8 times the memory at the settings of
-    scripts/benchmarks/plan.py. Mapping took up to two fifths more time there; small batches without checkpointing took
-    half as much again, so that nothing is mapped without. In bfloat16 it was not measured.
+    glibc's heap keeps gaps, above all around pieces of 10 to 32 MB. For float32 on a CPU, at the settings of
+    scripts/benchmarks/plan.py: from 16 MiB on, 0.63B in 4 bit took 1.8 GB where it took 2.6, in the same time, and 58M
+    up to a seventh less, in up to a quarter more. With checkpointing, which shows that memory is scarce, all from 1 MiB
+    on are mapped: a half of the memory, in up to two fifths more time. In bfloat16 it was not measured.
     """
-    return device_type == "cpu" and str(dtype) == "torch.float32" and checkpointing
+    if device_type != "cpu" or str(dtype) != "torch.float32":
+        return None
+    return SCARCE_BYTES if checkpointing else LARGE_BYTES
 
 
 def can_keep_unpacked(num_bytes: int, memory_bytes: int | None = None) -> bool:
@@ -192,21 +197,21 @@ class MemoryTraits:
     wide_tensors: float
     """Tensors of the width of a layer that are alive at once in its backward pass, beside what autograd keeps."""
     logits_bytes: int
-    """Logits held at once."""
+    """Logits held at once, if the tokens of a step have as many."""
     embedding_share: float
     """Share of the embeddings' table that is there: on a CPU it is mapped from its file, and rows come as tokens do."""
     usable_share: float
     """Share of its memory that a step may take."""
 
 
-def memory_traits(kind: str, is_mapped: bool = False) -> MemoryTraits:
-    """What is known of `cpu` or `cuda`; `is_mapped` after `map_large_pieces`.
+def memory_traits(kind: str, mapped_bytes: int | None = None) -> MemoryTraits:
+    """What is known of `cpu` or `cuda`; `mapped_bytes` is of `choose_mapped_bytes`.
 
     CPU: fitted to tests/model/memory_measurements.json; glibc's heap leaves gaps. CUDA: a context is 0.5 GiB, tensors
     are counted from the code, as in Llama's MLP (gradients of gate, up and their product), and not yet measured.
     """
     if kind == "cpu":
-        slack_share, wide_tensors = (0.0, 1.5) if is_mapped else (0.16, 11)
+        slack_share, wide_tensors = {None: (0.16, 11), LARGE_BYTES: (0.12, 9), SCARCE_BYTES: (0.0, 1.5)}[mapped_bytes]
         return MemoryTraits(512_000_000, 56_000_000, slack_share, wide_tensors, 32 * 2**20, 0.1, 0.9)
     return MemoryTraits(0, 600 * 2**20, 0.02, 3, 300 * 2**20, 1.0, 0.95)
 
@@ -274,10 +279,15 @@ def peak_memory_bytes(machine: Machine) -> int:
     return peak if sys.platform == "darwin" else 1024 * peak  # macOS counts bytes, Linux KiB
 
 
-def map_large_pieces() -> None:
-    """From now on pieces of a mebibyte or more go back to the machine when they are free, if glibc has the memory."""
+def map_large_pieces(num_bytes: int) -> None:
+    """From now on pieces of this size go back to the machine when they are free, if glibc has the memory.
+
+    Smaller ones stay: glibc, told the one, would give back the end of its heap at every chance, and fetch it again.
+    """
     if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 2**20)
+        glibc = ctypes.CDLL("libc.so.6")
+        glibc.mallopt(M_MMAP_THRESHOLD, num_bytes)
+        glibc.mallopt(M_TRIM_THRESHOLD, 2**30)
 
 
 def release_memory() -> None:

@@ -17,8 +17,8 @@ from typing import Any
 from lora_ft.model.machine import (
     MemoryTraits,
     can_keep_unpacked,
+    choose_mapped_bytes,
     memory_traits,
-    prefers_mapped_memory,
     prefers_matmul_attention,
 )
 from lora_ft.model.profile import ModelProfile
@@ -110,8 +110,7 @@ class MemoryPlan:
 
 def plan_step(profile: ModelProfile, work: Workload, hardware: Hardware) -> MemoryPlan:
     """The memory of one training step of a model with this profile."""
-    is_mapped = prefers_mapped_memory(hardware.kind, _dtype_of(profile), work.checkpointing)
-    traits = memory_traits(hardware.kind, is_mapped)
+    traits = memory_traits(hardware.kind, choose_mapped_bytes(hardware.kind, _dtype_of(profile), work.checkpointing))
     causes = (
         *_standing(profile, work, hardware),
         *_passing(profile, work, hardware, traits),
@@ -173,7 +172,8 @@ def _passing(profile: ModelProfile, work: Workload, hardware: Hardware, traits: 
     wide = int(traits.wide_tensors * number * (profile.hidden_size + profile.widest) * tokens)
     yield Cause("gradients on their way", wide, "tensors as wide as a layer that its backward pass makes and drops")
     states = 2 * tokens * profile.hidden_size * number
-    yield Cause("loss", traits.logits_bytes + states, "a chunk of logits, states and their gradients")
+    logits = min(traits.logits_bytes, 4 * tokens * profile.vocab_size)
+    yield Cause("loss", logits + states, "a chunk of logits, states and their gradients")
     if _bits_per_weight(work.quantization, number) < 8:
         yield Cause("one matrix, unpacked", profile.largest_matrix * number, "from 4 bit, for one product")
     if _ranks(hardware, from_stage=3) > 1:

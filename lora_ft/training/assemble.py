@@ -9,7 +9,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from lora_ft.data.collate import Collator
 from lora_ft.errors import UserError
-from lora_ft.model.machine import map_large_pieces, prefers_mapped_memory
+from lora_ft.model.machine import choose_mapped_bytes, map_large_pieces
 from lora_ft.training.guards import LossNotes
 from lora_ft.training.progress import LogFile, Progress
 
@@ -41,8 +41,9 @@ def assemble_trainer(
     """
     if len(train_rows) == 0:
         raise UserError("data.sources", None, "No row is left for training.", "Lower data.split, or add rows.")
-    if prefers_mapped_memory(arguments.device.type, model.dtype, arguments.gradient_checkpointing):
-        map_large_pieces()
+    mapped = choose_mapped_bytes(arguments.device.type, model.dtype, arguments.gradient_checkpointing)
+    if mapped is not None:
+        map_large_pieces(mapped)
     log = LogFile(Path(arguments.output_dir) / "log.jsonl")
     try:
         trainer = kind(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lora_ft.errors import UserError
-from lora_ft.model.machine import Machine, choose_settings, prefers_mapped_memory, probe_machine, settle_validation
+from lora_ft.model.machine import Machine, choose_mapped_bytes, choose_settings, probe_machine, settle_validation
 from lora_ft.sections import DataSection, ModelSection, Recipe, SourceSection
 
 CPU = Machine("cpu", "some CPU", 16 * 2**30, native_bf16=False, bf16_reason="measured 0.4× the speed of float32")
@@ -87,7 +87,7 @@ PIECES = """
 import resource, sys, torch
 from lora_ft.model.machine import map_large_pieces
 if sys.argv[1] == "mapped":
-    map_large_pieces()
+    map_large_pieces(2**20)
 first = torch.ones(7 << 20)  # glibc puts what is smaller than this on its heap from now on
 del first
 pieces = [torch.ones(1 << 20) for _ in range(100)]
@@ -106,8 +106,7 @@ def test_mapped_pieces_are_given_back():
     assert held["heap"] - held["mapped"] > 300
 
 
-def test_memory_is_given_back_where_checkpointing_asks_for_it():
-    assert prefers_mapped_memory("cpu", torch.float32, True)
-    assert not prefers_mapped_memory("cpu", torch.float32, False)
-    assert not prefers_mapped_memory("cpu", torch.bfloat16, True)
-    assert not prefers_mapped_memory("cuda", torch.float32, True)
+def test_smaller_pieces_are_given_back_where_checkpointing_asks_for_it():
+    assert choose_mapped_bytes("cpu", torch.float32, True) < choose_mapped_bytes("cpu", torch.float32, False)
+    assert choose_mapped_bytes("cpu", torch.bfloat16, True) is None
+    assert choose_mapped_bytes("cuda", torch.float32, True) is None
