@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import atexit
 import contextlib
 import dataclasses
-import gc
 import json
 import os
 import shutil
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_ft.errors import Interrupted, UserError
+from lora_ft.libraries import own_process
 
 FIRST_RANK_SECONDS = 20.0
 """What other ranks give the first one to say a fault that all of them have found."""
@@ -26,8 +25,7 @@ ONTO = "onto the base's own weights, or onto what 4 bit made of them in training
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0 done, 2 the user must change something, 1 failed, 130 interrupted."""
     options = parse_arguments(arguments)
-    _quiet_libraries()
-    atexit.register(gc.freeze)  # or Python looks through all that libraries hold before it ends: a second and more
+    own_process()
     stdout = sys.stdout
     options.emit = lambda value: print(json.dumps(value, indent=2, ensure_ascii=False, default=str), file=stdout)
     try:
@@ -429,14 +427,3 @@ def _report_error(error: UserError, options: argparse.Namespace) -> int:
     if options.json:
         options.emit({"ok": False, "faults": [vars(fault) for fault in error.faults]})
     return error.exit_code
-
-
-def _quiet_libraries() -> None:
-    """Libraries say only what a user must know; their progress bars would run through ours."""
-    import logging
-    import warnings
-
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)

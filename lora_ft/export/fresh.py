@@ -5,7 +5,6 @@ python -m lora_ft.export.fresh < REQUEST.json > ANSWER.json
 
 from __future__ import annotations
 
-import atexit
 import gc
 import json
 import os
@@ -24,7 +23,7 @@ from lora_ft.export.parity import compare_with_references, record_references
 from lora_ft.export.reload import WeightedAdapter, load_combined, load_merged
 from lora_ft.export.samples import record_samples
 from lora_ft.fingerprint import BaseIdentity
-from lora_ft.libraries import load_libraries, quiet_libraries
+from lora_ft.libraries import load_libraries, own_process, quiet_libraries
 
 _ahead: list[subprocess.Popen[str]] = []
 """The process that waits for the next question, if one was started."""
@@ -37,15 +36,15 @@ def process_ahead() -> Iterator[None]:
     It takes a core for the seconds that this takes, and some 300 MB. It ends with what started it, however that ends:
     its input is closed then.
     """
-    if os.environ.get("RANK", "0") == "0" and not _ahead:  # only the first rank asks
-        _ahead.append(_start_process())
+    if _ahead or os.environ.get("RANK", "0") != "0":  # only the first rank asks
+        yield
+        return
+    _ahead.append(_start_process())
     try:
         yield
     finally:
-        for process in _ahead:
-            process.kill()
-            process.communicate()
-        _ahead.clear()
+        while _ahead:
+            _end_process(_ahead.pop())
 
 
 def ask_fresh(task: str, **request: Any) -> Any:
@@ -58,7 +57,7 @@ def ask_fresh(task: str, **request: Any) -> Any:
     try:
         answer, said = process.communicate(json.dumps({"task": task, **request}))
     except BaseException:
-        process.kill()
+        _end_process(process)
         raise
     if process.returncode:
         reason = said.strip().splitlines()[-1] if said.strip() else f"it was killed ({process.returncode})"
@@ -74,6 +73,11 @@ def _start_process() -> subprocess.Popen[str]:
     environment = {**os.environ, "TORCHDYNAMO_DISABLE": "1"}  # no compiler is loaded for a few answers
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=environment)
+
+
+def _end_process(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate()
 
 
 def answer_adapter(request: dict[str, Any]) -> Any:
@@ -120,7 +124,7 @@ TASKS: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 def main() -> None:
     """Loads the libraries, reads one request from stdin and writes the answer to stdout; without a request, nothing."""
-    atexit.register(gc.freeze)  # or Python looks through all that the libraries hold before it ends
+    own_process()
     stdout = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no answer
     quiet_libraries()

@@ -169,10 +169,11 @@ def prefers_fused_lora(device_type: str) -> bool:
 def choose_mapped_bytes(device_type: str, dtype: Any, checkpointing: bool) -> int | None:
     """From which size on pieces of memory are mapped, and so given back when they are free; None: as glibc has it.
 
-    glibc's heap keeps gaps, above all around pieces of 10 to 32 MB. For float32 on a CPU, at the settings of
-    scripts/benchmarks/plan.py: from 16 MiB on, 0.63B in 4 bit took 1.8 GB where it took 2.6, in the same time, and 58M
-    up to a seventh less, in up to a quarter more. With checkpointing, which shows that memory is scarce, all from 1 MiB
-    on are mapped: a half of the memory, in up to two fifths more time. In bfloat16 it was not measured.
+    glibc's heap keeps gaps, and takes in pieces of up to 32 MiB once one of them was freed. For float32 on a CPU, at
+    the settings of scripts/benchmarks/plan.py: from 16 MiB on, 0.63B in 4 bit took 1.8 GB where it took 2.6, in the
+    same time, and 58M up to a seventh less, in up to a quarter more. With checkpointing, which shows that memory is
+    scarce, all from 1 MiB on are mapped: less than half of the memory, in up to two fifths more time. In bfloat16 it
+    was not measured.
     """
     if device_type != "cpu" or str(dtype) != "torch.float32":
         return None

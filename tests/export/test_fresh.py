@@ -47,6 +47,7 @@ def test_within_another_one_none_is_started():
         before = waiting()
         with fresh.process_ahead():
             assert waiting() == before
+        assert waiting() == before, "it is not the inner one's to end"
     assert not waiting()
 
 
