@@ -48,15 +48,22 @@ def load_libraries(*others: str) -> None:
     """
     if sys.modules.keys() >= {"bitsandbytes", "peft", *others}:
         return
-    was_collecting = gc.isenabled()
-    gc.disable()
-    try:
+    with garbage_kept():
         with _no_compiler():
             importlib.import_module("bitsandbytes")
         for name in ("peft", *others):
             importlib.import_module(name)
         gc.freeze()
         gc.unfreeze()  # what was frozen is old now, and is not looked through twice more on the way there
+
+
+@contextmanager
+def garbage_kept() -> Iterator[None]:
+    """Python does not look for garbage meanwhile: for a short time in which many objects are made that stay."""
+    was_collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
     finally:
         if was_collecting:
             gc.enable()

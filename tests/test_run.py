@@ -49,7 +49,7 @@ def finished(tmp_path_factory, tiny_base, chat_rows):
     }
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    done = run_command("train", path, "--json")
+    done = run_command("train", path, "--json", LORA_FT_CACHE=str(folder / "cache"))
     assert done.returncode == 0, done.stderr
     return folder / "run", json.loads(done.stdout)
 
@@ -65,6 +65,17 @@ def test_run_folder_holds_what_the_design_says(finished):
     assert "adapter/adapter_model.safetensors" in manifest["files"]
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert any("loss" in line for line in lines) and all("step" in line for line in lines)
+
+
+def test_a_run_and_its_proof_read_one_quantised_base(finished, monkeypatch):
+    """Proving what was trained does not quantise the base a second time."""
+    from lora_ft.model.quant_cache import list_cached
+
+    folder, manifest = finished
+    monkeypatch.setenv("LORA_FT_CACHE", str(folder.parent / "cache"))
+    (cached,) = list_cached()
+    assert cached.base == manifest["base"]["name"]
+    assert manifest["verification"]["ok"]
 
 
 def test_loss_goes_down_and_tuned_beats_base(finished):

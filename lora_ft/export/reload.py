@@ -1,4 +1,7 @@
-"""Base, adapter and merged model as stock transformers and PEFT load them."""
+"""Base, adapter and merged model as stock transformers and PEFT load them.
+
+A base in 4 bit is read from the weights that were kept of it, which are, bit for bit, what transformers makes of it.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,18 @@ from typing import TYPE_CHECKING, Any
 from lora_ft.errors import UserError
 from lora_ft.export.adapter import Adapter
 from lora_ft.export.manifest import Arithmetic
-from lora_ft.export.skeleton import architecture_class, model_class, read_config, resize_embeddings, tuned_config
+from lora_ft.export.skeleton import (
+    CLASSIFIER_TASKS,
+    architecture_class,
+    model_class,
+    read_config,
+    resize_embeddings,
+    tuned_config,
+)
 from lora_ft.fingerprint import BaseIdentity
 from lora_ft.model.load import use_safe_4bit_kernels
 from lora_ft.model.machine import probe_machine
+from lora_ft.model.quant_cache import load_quantised
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -46,8 +57,10 @@ def load_combined(parts: Sequence[WeightedAdapter], base: BaseIdentity, arithmet
     from peft.tuners.lora import LoraLayer
 
     first = parts[0].adapter
-    options = {"config": tuned_config(base.folder, first), "trust_remote_code": first.trust_remote_code}
-    model = load_model(model_class(first.config), base.folder, arithmetic, first.shapes.keys(), **options)
+    config, options = tuned_config(base.folder, first), {"trust_remote_code": first.trust_remote_code}
+    if first.config.task_type in CLASSIFIER_TASKS:
+        options["config"] = config  # which names its labels
+    model = load_model(model_class(first.config), base.folder, arithmetic, first.shapes.keys(), base, **options)
     resize_embeddings(model, first)
     names = ["default", *(f"adapter_{index}" for index in range(1, len(parts)))]
     with warnings.catch_warnings():
@@ -72,12 +85,18 @@ def load_merged(folder: Path, arithmetic: Arithmetic, trust_remote_code: bool = 
 
 
 def load_model(
-    cls: Any, folder: Path, arithmetic: Arithmetic, replaced: Collection[str] = (), **options: Any
+    cls: Any,
+    folder: Path,
+    arithmetic: Arithmetic,
+    replaced: Collection[str] = (),
+    base: BaseIdentity | None = None,
+    **options: Any,
 ) -> PreTrainedModel:
     """The weights in `folder` on this machine's device, held as `arithmetic` says, in evaluation mode.
 
     Args:
         replaced: parameters that need not be there, as an adapter brings them.
+        base: what is known of a base that was identified; quantised weights are then those that are kept of it.
 
     Raises:
         UserError: weights are missing or of another shape; transformers itself only warns, and invents them.
@@ -85,19 +104,14 @@ def load_model(
     import torch
     from transformers import BitsAndBytesConfig
 
-    if arithmetic.quantization is not None:
-        options["quantization_config"] = BitsAndBytesConfig(**arithmetic.quantization)
     device = probe_machine().device
+    options |= {"dtype": getattr(torch, arithmetic.dtype), "device_map": {"": device}, "local_files_only": True}
     if arithmetic.attention in PORTABLE_ATTENTION or device.startswith("cuda"):
         options["attn_implementation"] = arithmetic.attention
-    model, info = cls.from_pretrained(
-        str(folder),
-        dtype=getattr(torch, arithmetic.dtype),
-        device_map={"": device},
-        local_files_only=True,
-        output_loading_info=True,
-        **options,
-    )
+    if base is not None and arithmetic.quantization is not None:
+        model, info = load_quantised(cls, base, BitsAndBytesConfig(**arithmetic.quantization), options)
+    else:
+        model, info = cls.from_pretrained(folder, output_loading_info=True, **options)
     faults = [*sorted(info["missing_keys"] - set(replaced)), *map(str, info["mismatched_keys"])]
     if faults:
         rule = f"The files do not hold the weights that {type(model).__name__} needs."

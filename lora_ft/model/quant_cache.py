@@ -4,7 +4,9 @@
                                entry.json                          what they were made of, and the checksum of each file
                       <key>.lock                                   held while they are made
 
-Read back they are mapped from the file, not copied: seconds become tenths, and memory is taken as layers are used.
+An entry is kept only if transformers reads from it, bit for bit, what it had made of the base, so whoever reads the
+entry reads the base. Read back, weights are mapped from the file, not copied: seconds become tenths, and memory is
+taken as layers are used.
 """
 
 from __future__ import annotations
@@ -13,21 +15,26 @@ import importlib.metadata
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_ft.fingerprint import BaseIdentity, hash_json, list_weight_files, whole_folder
+from lora_ft.libraries import garbage_kept
 from lora_ft.model.machine import release_memory
 
 if TYPE_CHECKING:
+    import torch
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
 ENTRY = "entry.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Part of every key; raise it when the same base would be stored in another way."""
 SPARE_BYTES = 2 * 2**30
 """Disk that is left free; the cache is a convenience."""
+CHUNK_BYTES = 8 * 2**20
+"""What is hashed at a time, without Python's lock: long enough for the thread that reads to go on meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ def load_quantised(
         found = _read(auto_class, folder, options)
         if found is None:
             found = load(identity.folder, **quantised)
-            if _store(found[0], found[1], folder, identity, config):
+            if _store(auto_class, found, folder, identity, config, options):
                 del found  # what quantising took is given back, and the weights are mapped as at every later start
                 release_memory()
                 found = _read(auto_class, folder, options)
@@ -115,11 +122,14 @@ def clear_cached(base: str | None = None) -> tuple[CachedBase, ...]:
 
 
 def _is_cacheable(identity: BaseIdentity, config: BitsAndBytesConfig, options: dict[str, Any]) -> bool:
-    """Whether stored weights would be the whole model: not sharded by ZeRO-3, not quantised already, no code beside."""
+    """Whether stored weights would be the whole model, and its files all that it is made of.
+
+    Not so where ZeRO-3 shards them, where they are quantised already, with code beside, or another config given.
+    """
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     settings = json.loads((identity.folder / "config.json").read_text(encoding="utf-8"))
-    plain = "quantization_config" not in settings and not options.get("trust_remote_code")
+    plain = "quantization_config" not in settings and not options.get("trust_remote_code") and "config" not in options
     return bool(config.load_in_4bit) and plain and not is_deepspeed_zero3_enabled()
 
 
@@ -137,22 +147,40 @@ def _key(auto_class: Any, identity: BaseIdentity, config: BitsAndBytesConfig, op
 def _read(auto_class: Any, folder: Path, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]] | None:
     """The model in `folder`, or None where there is none or it is damaged."""
     try:
-        entry = json.loads((folder / ENTRY).read_text(encoding="utf-8"))
-        if entry["checksums"] != _checksums(folder):
-            return None
-        found = auto_class.from_pretrained(folder, **options, output_loading_info=True)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError):
+        expected = json.loads((folder / ENTRY).read_text(encoding="utf-8"))["checksums"]
+        with ThreadPoolExecutor(1) as other, garbage_kept():
+            checksums = other.submit(_checksums, folder)
+            found = _load(auto_class, folder, options)
+            if checksums.result() != expected:
+                return None
+        os.utime(folder / ENTRY)
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    os.utime(folder / ENTRY)
     return found
 
 
+def _load(auto_class: Any, folder: Path, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]] | None:
+    """What transformers reads in `folder`, or None where it cannot; damage shows in many ways."""
+    from safetensors import SafetensorError
+
+    try:
+        return auto_class.from_pretrained(folder, **options, output_loading_info=True)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError):
+        return None
+
+
 def _store(
-    model: PreTrainedModel, info: dict[str, Any], folder: Path, identity: BaseIdentity, config: BitsAndBytesConfig
+    auto_class: Any,
+    made: tuple[PreTrainedModel, dict[str, Any]],
+    folder: Path,
+    identity: BaseIdentity,
+    config: BitsAndBytesConfig,
+    options: dict[str, Any],
 ) -> bool:
-    """Writes the model to `folder` in one step, unless it is not whole or the disk cannot take it; says whether."""
+    """Writes what was made to `folder` in one step, unless it is not whole or the disk cannot take it; says whether."""
     from transformers import GenerationConfig
 
+    model, info = made
     free = shutil.disk_usage(folder.parent).free
     if info["missing_keys"] or free < model.get_memory_footprint() + SPARE_BYTES:
         return False
@@ -171,11 +199,32 @@ def _store(
                 "checksums": _checksums(draft),
             }
             (draft / ENTRY).write_text(json.dumps(entry, indent=2, default=str), encoding="utf-8")
+            again = _load(auto_class, draft, {**options, "device_map": {"": "cpu"}})
+            if again is None or not _is_same(model, again[0]):
+                raise OSError(f"{draft} does not hold what was written there")
         return True
     except OSError:
         return False
     finally:
         model.generation_config = generation
+
+
+def _is_same(model: PreTrainedModel, other: PreTrainedModel) -> bool:
+    """Whether all weights, what they are quantised by, and all buffers are the same, bit for bit."""
+    import torch
+
+    first, second = ({**dict(each.named_buffers()), **each.state_dict()} for each in (model, other))
+    return first.keys() == second.keys() and all(
+        tensor.dtype == second[name].dtype and torch.equal(_bits(tensor), _bits(second[name]))
+        for name, tensor in first.items()
+    )
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor, on the CPU; packed 4-bit weights may read as NaN, which equals nothing."""
+    import torch
+
+    return tensor.detach().cpu().flatten().view(torch.uint8)
 
 
 def _checksums(folder: Path) -> dict[str, str]:
@@ -186,10 +235,10 @@ def _checksums(folder: Path) -> dict[str, str]:
 def _checksum(path: Path) -> str:
     import xxhash
 
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as stream:
-        while chunk := stream.read(2**20):
-            digest.update(chunk)
+    digest, chunk = xxhash.xxh3_128(), memoryview(bytearray(CHUNK_BYTES))
+    with open(path, "rb", buffering=0) as stream:
+        while length := stream.readinto(chunk):
+            digest.update(chunk[:length])
     return digest.hexdigest()
 
 

@@ -7,7 +7,8 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from lora_ft.fingerprint import identify_base
 from lora_ft.model import quant_cache
@@ -59,7 +60,12 @@ def test_the_second_start_reads_what_the_first_made(base, quantisations):
 
 @pytest.mark.parametrize(
     "change",
-    [{"bnb_4bit_quant_type": "fp4"}, {"bnb_4bit_use_double_quant": False}, {"bnb_4bit_compute_dtype": "bfloat16"}],
+    [
+        {"bnb_4bit_quant_type": "fp4"},
+        {"bnb_4bit_use_double_quant": False},
+        {"bnb_4bit_compute_dtype": "bfloat16"},
+        {"bnb_4bit_quant_storage": "bfloat16"},  # whose bytes read as NaN here and there
+    ],
     ids=str,
 )
 def test_another_quantisation_is_another_entry(base, quantisations, change):
@@ -105,6 +111,24 @@ def test_nothing_half_written_is_left_or_found(base, monkeypatch, quantisations)
     load(base)
     assert list_cached() == () and not list(quant_cache.find_cache().glob("*.partial"))
     monkeypatch.undo()
+
+
+@pytest.mark.parametrize("part", ["weight", "weight.nested_absmax", "weight.quant_state.bitsandbytes__nf4"])
+def test_what_does_not_read_back_as_it_was_made_is_not_kept(base, monkeypatch, part):
+    """Training on it, and proving an adapter with it, would agree with each other and with no one else."""
+    made = state(load(base))
+    clear_cached()
+    save = PreTrainedModel.save_pretrained
+
+    def save_badly(model, folder):
+        save(model, folder)
+        tensors = load_file(folder / "model.safetensors")
+        tensors[f"model.layers.0.self_attn.q_proj.{part}"].view(torch.uint8).view(-1)[-1] ^= 1
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", save_badly)
+    assert is_equal(state(load(base)), made)
+    assert list_cached() == () and not list(quant_cache.find_cache().glob("*.partial"))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
