@@ -208,14 +208,19 @@ def generate_answers(
 @contextlib.contextmanager
 def evaluating(model: PeftModel, adapter_on: bool) -> Iterator[None]:
     """Evaluation mode, with or without the adapter, and everything as it was afterwards."""
-    was_training, model_cache = model.training, model.config.use_cache
+    was_training, model_cache, text = model.training, model.config.use_cache, model.config.get_text_config()
+    routes = getattr(text, "output_router_logits", False)  # TRL turns it on for experts; `generate` cannot do with it
     model.eval()
     model.config.use_cache = True
+    if routes:
+        text.output_router_logits = False
     try:
         with contextlib.nullcontext() if adapter_on else model.disable_adapter():
             yield
     finally:
         model.config.use_cache = model_cache
+        if routes:
+            text.output_router_logits = True
         model.train(was_training)
 
 

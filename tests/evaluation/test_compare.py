@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lora_ft.data.prepare import build_splits
-from lora_ft.evaluation.compare import compare_models, generate_answers
+from lora_ft.evaluation.compare import compare_models, evaluating, generate_answers
 from lora_ft.model.adapter import attach_adapter
 from lora_ft.model.load import find_base, load_base, load_tokenizer
 from lora_ft.sections import DataSection, EvaluationSection, ModelSection, SourceSection
@@ -159,3 +159,20 @@ def test_model_is_left_as_it_was(tuned, test_split):
     compare_models(model, tokenizer, rows, examples, data, EvaluationSection(generate=1, max_new_tokens=1))
     assert model.training and model.active_adapter == "default"
     assert not model.base_model.model.model.layers[0].mlp.up_proj.disable_adapters
+
+
+def test_a_mixture_of_experts_answers_after_it_was_trained(tuned):
+    """TRL has its config ask for the router's logits, whose loss does not fit the steps of `generate`."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    _, tokenizer = tuned
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    experts = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
+    config = Qwen3MoeConfig(vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, **heads, **experts)
+    model = get_peft_model(Qwen3MoeForCausalLM(config), LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model.config.output_router_logits = True
+    section = EvaluationSection(generate=2, max_new_tokens=4)
+    with evaluating(model, adapter_on=True):
+        answers = generate_answers(model, tokenizer, [[5, 6, 7], [8, 9]], [tokenizer.eos_token_id], section)
+    assert len(answers) == 2 and model.config.output_router_logits
