@@ -19,14 +19,15 @@ from lora_ft.data.check import check_section
 from lora_ft.data.prepare import build_splits, check_data
 from lora_ft.data.render import IGNORE_INDEX
 from lora_ft.data.splits import Splits
-from lora_ft.errors import RunFailed, raise_faults
+from lora_ft.errors import RunFailed, UserError, raise_faults
 from lora_ft.evaluation.curves import read_log, trace_curves
 from lora_ft.evaluation.general import prepare_general
 from lora_ft.evaluation.metrics import check_metrics
+from lora_ft.export.base import refuse_other_base
 from lora_ft.export.fresh import process_ahead
 from lora_ft.fingerprint import BaseIdentity, hash_tensors
 from lora_ft.libraries import load_libraries, quiet_libraries
-from lora_ft.model.adapter import attach_adapter, count_trainable, load_weights
+from lora_ft.model.adapter import TASK_TYPES, attach_adapter, count_trainable, load_weights
 from lora_ft.model.load import find_base, find_config, load_base, load_tokenizer
 from lora_ft.model.machine import Machine, choose_settings, peak_memory_bytes, probe_machine, settle_validation
 from lora_ft.model.planning import RecipePlan, plan_memory, refuse_unfit
@@ -40,7 +41,16 @@ from lora_ft.training.distributed import (
     read_launch,
     settle_launch,
 )
-from lora_ft.training.run_folder import RunFolder, check_run_folder, check_space, claim_run_folder, write_manifest
+from lora_ft.training.identity import find_changes
+from lora_ft.training.run_folder import (
+    MANIFEST,
+    RunFolder,
+    check_run_folder,
+    check_space,
+    claim_run_folder,
+    read_manifest,
+    write_manifest,
+)
 from lora_ft.training.steering import check_steering
 from lora_ft.training.trackers import check_trackers
 
@@ -229,9 +239,13 @@ def prepare_trainer(
 ) -> LoraTrainer:
     """Base, adapter and trainer. The arguments come first: under ZeRO-3 they say how the base is read."""
     from lora_ft.tasks import TASKS
+    from lora_ft.training.rehearsal import refuse_unstartable
 
     steps = TASKS[recipe.data.task]
     arguments = steps.build_arguments(recipe.training, recipe.output_dir)
+    refuse_unstartable(arguments, len(splits.train))
+    if recipe.model.adapter is not None:
+        refuse_other_base(Path(recipe.model.adapter), base, TASK_TYPES[recipe.data.task])
     model = read_base(recipe, base, tokenizer, splits)
     model = attach_adapter(
         model,
@@ -359,11 +373,14 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
     from lora_ft.evaluation.page import write_page
 
     quiet_libraries()
-    recipe = load_recipe(folder / "recipe.yaml")
-    base = find_base(recipe.model.base, recipe.model.revision, recipe.model.trust_remote_code)
+    recipe, manifest = load_recipe(folder / "recipe.yaml"), read_manifest(folder)
+    if manifest is None:
+        raise UserError(str(folder), None, f"It holds no {MANIFEST} of a run.", "Name the folder of a run.")
+    base = find_base(recipe.model.base, manifest["base"]["revision"], recipe.model.trust_remote_code)
     load_libraries("datasets")
     tokenizer = load_tokenizer(base.folder, recipe.model, recipe.data.chat_template)
     splits = build_splits(recipe.data, tokenizer)
+    raise_faults(find_changes(folder, manifest, base.fingerprint, splits.fingerprint))
     model = read_base(recipe, base, tokenizer, splits)
     task, seed = recipe.data.task, recipe.training["seed"]  # the head of the base alone is drawn from it
     model = attach_adapter(model, None, task=task, seed=seed, adapter=str(folder / "adapter"))

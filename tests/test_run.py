@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
+
+from tests.conftest import make_base
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 
@@ -183,6 +186,44 @@ def test_evaluate_again_gives_the_same_figures(finished, lora_ft):
     figures = json.loads(done.stdout)
     assert figures["figures"] == manifest["evaluation"]["figures"]
     assert figures["general"] == manifest["evaluation"]["general"]
+
+
+def test_evaluate_refuses_what_the_run_was_not_trained_with(finished, lora_ft, tmp_path):
+    """With another row the split is another one, and tests on rows that were learned."""
+    folder, _ = finished
+    rows, report = folder.parent / "rows.jsonl", (folder / "report" / "report.json").read_bytes()
+    before = rows.read_text()
+    rows.write_text(before + before.splitlines()[0].replace("battery", "light") + "\n")
+    try:
+        done = lora_ft("evaluate", folder)
+    finally:
+        rows.write_text(before)
+    assert done.returncode == 2 and "trained on other rows" in done.stderr
+    recipe, other = folder / "recipe.yaml", make_base(tmp_path / "other", num_hidden_layers=1)
+    before = recipe.read_text()
+    recipe.write_text(before.replace(yaml.safe_load(before)["model"]["base"], str(other)))
+    try:
+        done = lora_ft("evaluate", folder)
+    finally:
+        recipe.write_text(before)
+    assert done.returncode == 2 and "trained on other weights" in done.stderr
+    assert (folder / "report" / "report.json").read_bytes() == report
+
+
+def test_an_adapter_does_not_go_on_with_another_base(finished, lora_ft, recipe_file, tmp_path):
+    """Failure mode 41; the shapes may well be the same."""
+    folder, _ = finished
+    other = make_base(tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    save_file({name: tensor * 1.01 for name, tensor in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    recipe = yaml.safe_load(recipe_file().read_text()) | {
+        "model": {"base": str(other), "adapter": str(folder / "adapter")}
+    }
+    recipe.pop("lora")
+    path = tmp_path / "on.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    done = lora_ft("train", path)
+    assert done.returncode == 2 and "model.adapter" in done.stderr and "It was trained on" in done.stderr
 
 
 def test_chat_answers_from_a_pipe(finished, chat_rows):

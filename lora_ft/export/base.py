@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lora_ft.errors import UserError
 from lora_ft.export.adapter import Adapter
+from lora_ft.export.manifest import read_manifest
 from lora_ft.fingerprint import BaseIdentity
 from lora_ft.model.load import find_base
 
@@ -25,6 +26,24 @@ def base_of_adapter(adapter: Adapter, override: str | None = None) -> BaseIdenti
         rule = f"The adapter was trained on {trained_on}; this is another base ({base.fingerprint[:12]})."
         raise UserError(str(adapter.folder), name, rule, "Give the base it was trained on with --base.")
     return base
+
+
+def refuse_other_base(folder: Path, base: BaseIdentity, task_type: str) -> None:
+    """Nothing, if the adapter in `folder`, which is to go on training, was made on this base and for this task.
+
+    Raises:
+        UserError: it was made for another, where its update means nothing. An adapter of another tool does not say.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return
+    if manifest.base_fingerprint != base.fingerprint:
+        before, now = f"{manifest.base} ({manifest.base_fingerprint[:12]})", f"{base.name} ({base.fingerprint[:12]})"
+        rule = f"It was trained on {before}, and this base is {now}."
+        raise UserError("model.adapter", str(folder), rule, "Name its base as model.base, or leave the adapter out.")
+    if manifest.task_type not in (None, task_type):
+        rule = f"It was trained as {manifest.task_type}, and data.task wants {task_type}."
+        raise UserError("model.adapter", str(folder), rule, "Change data.task, or leave the adapter out.")
 
 
 def recorded_base(adapter: Adapter) -> str:

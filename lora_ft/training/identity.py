@@ -108,6 +108,15 @@ def find_differences(path: Path, old: Identity, new: Identity) -> Iterator[Fault
             yield Fault(f"training.{key}", after, rule, TWO_WAYS)
 
 
+def find_changes(path: Path, manifest: dict[str, Any], base_fingerprint: str, data_fingerprint: str) -> Iterator[Fault]:
+    """One fault for each thing that is no longer as the run in `path` had it; its test rows may be others now."""
+    fix = "Bring back what it was trained with, or train again."
+    if manifest["base"]["fingerprint"] != base_fingerprint:
+        yield Fault("model.base", None, f"The run in {path} was trained on other weights.", fix)
+    if manifest["identity"]["decisive"]["data"] != data_fingerprint:
+        yield Fault("data", None, f"The run in {path} was trained on other rows, or on rows rendered otherwise.", fix)
+
+
 def describe_changes(old: Identity, new: Identity) -> Iterator[str]:
     """A line for each setting that has changed and may: `training.save_steps: 5 → 10`."""
     for before, after in ((old.extent, new.extent), (old.harmless, new.harmless)):

@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ class RunFolder:
     """Folder of the weights that a new run starts from."""
     notes: tuple[str, ...] = ()
     """Settings that differ from those of the run that goes on, and may."""
+    found: dict[str, Any] | None = None
+    """The manifest that lay there."""
 
     @property
     def fingerprint(self) -> str:
@@ -82,10 +84,11 @@ def check_run_folder(
         raise UserError("output_dir", str(path), rule, "Choose another folder.")
     if warm:
         start = _find_warm_start(path, manifest)
-        return RunFolder(path, identity.starting_from(_hash_weights(start)), clears=True, warm_start=start)
-    if fresh:
-        return RunFolder(path, identity, clears=True)
-    return _go_on(path, identity, manifest)
+        identity = identity.starting_from(_hash_weights(start))
+        return RunFolder(path, identity, clears=True, warm_start=start, found=manifest)
+    if fresh or _is_untouched(path, manifest):
+        return RunFolder(path, identity, clears=True, found=manifest)
+    return replace(_go_on(path, identity, manifest), found=manifest)
 
 
 def _go_on(path: Path, identity: Identity, manifest: dict[str, Any]) -> RunFolder:
@@ -124,9 +127,10 @@ def claim_run_folder(run: RunFolder, recipe: Recipe, manifest: dict[str, Any]) -
     """
     run.path.mkdir(parents=True, exist_ok=True)
     with run_lock(run.path):
-        if run.resume_from is not None and find_damage(run.resume_from) is not None:
+        is_damaged = run.resume_from is not None and find_damage(run.resume_from) is not None
+        if is_damaged or read_manifest(run.path, damaged_ok=True) != run.found:
             rule = "Another process has changed it meanwhile."
-            raise UserError("output_dir", str(run.resume_from), rule, "Run the same command again.")
+            raise UserError("output_dir", str(run.resume_from or run.path), rule, "Run the same command again.")
         if run.clears:
             _clear(run, manifest)
         for leftover in find_leftovers(run.path):
@@ -199,6 +203,13 @@ def _clear(run: RunFolder, manifest: dict[str, Any]) -> None:
                 shutil.copyfile(run.warm_start / name, draft / name)
     write_manifest(run, "clearing", manifest)
     remove_run(run.path)
+
+
+def _is_untouched(path: Path, manifest: dict[str, Any]) -> bool:
+    """Whether a run ended before it had learned or logged anything, so that any other may take its place."""
+    kept = list_checkpoints(path) or (path / WARM_START).exists() or (path / "adapter").exists()
+    log = path / "log.jsonl"
+    return manifest["state"] == "training" and not kept and not (log.exists() and log.stat().st_size)
 
 
 def _find_warm_start(path: Path, manifest: dict[str, Any]) -> Path:

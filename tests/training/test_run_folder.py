@@ -35,10 +35,10 @@ def open_folder(recipe, base="base", data="data", **ways):
 
 
 def begin(recipe, **ways):
-    """A run that was claimed, and let go of before it was finished."""
+    """A run that was claimed, and let go of after its first step, before it was finished."""
     run = open_folder(recipe, **ways)
     with claim_run_folder(run, recipe, {}):
-        pass
+        (recipe.output_dir / "log.jsonl").write_text('{"step": 1}\n')
     return run
 
 
@@ -72,7 +72,7 @@ def test_finished_run_is_refused_unless_fresh(recipe):
     (recipe.output_dir / "adapter").mkdir()
     (recipe.output_dir / "mine.txt").write_text("keep")
     manifest = write_manifest(run, "finished", {})
-    assert set(manifest["files"]) == {"recipe.yaml", "mine.txt"}
+    assert set(manifest["files"]) == {"recipe.yaml", "log.jsonl", "mine.txt"}
     with pytest.raises(UserError, match="holds this very run, finished"):
         open_folder(recipe)
     begin(recipe, fresh=True)
@@ -212,6 +212,28 @@ def test_lock_ends_with_its_process(recipe):
     holder.wait()
     with run_lock(recipe.output_dir):
         pass
+
+
+def test_a_run_that_came_and_went_meanwhile_is_not_written_over(recipe, recipe_file):
+    """Between check and claim lie the reading of the base, and minutes."""
+    waiting = open_folder(load_recipe(recipe_file(training={"learning_rate": 1e-3})))
+    finished = begin(recipe)
+    before = write_manifest(finished, "finished", {})
+    with pytest.raises(UserError, match="changed it meanwhile"), claim_run_folder(waiting, recipe, {}):
+        pytest.fail("it was claimed")
+    assert read_manifest(recipe.output_dir) == before
+
+
+def test_a_run_that_ended_before_its_first_step_makes_way_for_any_other(recipe, recipe_file):
+    """A setting that only the trainer refuses is mended, and the same command given again."""
+    with claim_run_folder(open_folder(recipe), recipe, {}):
+        pass
+    mended = load_recipe(recipe_file(training={"learning_rate": 1e-3}))
+    run = open_folder(mended)
+    assert run.resume_from is None
+    with claim_run_folder(run, mended, {}):
+        pass
+    assert read_manifest(recipe.output_dir)["identity"]["decisive"]["training"]["learning_rate"] == 1e-3
 
 
 def test_folder_of_somebody_else(recipe):
