@@ -20,10 +20,13 @@ from lora_ft.yaml_lines import Document, read_yaml
 BOUNDS = {"low", "high", "log", "step"}
 UNSWEEPABLE = {
     "output_dir": "Each trial has a folder of its own.",
-    "data.split.seed": "Trials would be measured on different validation rows.",
-    "data.split.validation": "Trials would be measured on different validation rows.",
+    "data": "Trials would be measured on different validation rows, or on different tokens of them.",
+    "model.base": "Losses in nats a token of different vocabularies cannot be compared.",
+    "model.revision": "Trials would be of different bases.",
 }
-"""Keys by which trials could not be held against each other, with the reason."""
+"""Keys, or the sections of keys, by which trials could not be held against each other, with the reason."""
+SWEEPABLE = ("data.packing",)
+"""Keys of those sections that change training alone."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,9 @@ def as_override(key: str, value: Any) -> str:
 
 def _find_faults(document: Document, key: str, value: Any) -> Iterator[Fault]:
     place, fix = document.place((key,)), "Write [8, 16], or {low: 1e-5, high: 1e-3, log: true}."
-    if key in UNSWEEPABLE:
-        yield Fault(place, None, UNSWEEPABLE[key], "Remove it.")
+    reason = next((why for name, why in UNSWEEPABLE.items() if f"{key}.".startswith(f"{name}.")), None)
+    if reason is not None and key not in SWEEPABLE:
+        yield Fault(place, None, reason, "Remove it.")
     elif isinstance(value, list):
         if not value:
             yield Fault(place, None, "There is nothing to choose among.", fix)
@@ -96,6 +100,8 @@ def _find_faults(document: Document, key: str, value: Any) -> Iterator[Fault]:
         yield Fault(place, f"{value['low']} to {value['high']}", "low lies below high; both are numbers.", fix)
     elif value.get("log") and value["low"] <= 0:
         yield Fault(place, value["low"], "A logarithm needs numbers above 0.", fix)
+    elif "step" in value and not (isinstance(value["step"], (int, float)) and value["step"] > 0):
+        yield Fault(place, value["step"], "A step is a number above 0.", fix)
     elif value.get("log") and value.get("step"):
         yield Fault(place, value["step"], "Steps and logarithms exclude each other.", "Remove one.")
 

@@ -117,7 +117,7 @@ def open_study(folder: Path, recipe: Recipe, axes: Sequence[Axis]) -> Any:
     identity = hash_json([dump_recipe(replace(recipe, output_dir=Path())), describe_space(axes)])
     study = optuna.create_study(
         study_name="sweep",
-        storage=f"sqlite:///{folder / STUDY}",
+        storage=find_storage(folder),
         direction="minimize",
         load_if_exists=True,
         pruner=optuna.pruners.MedianPruner(n_startup_trials=STARTUP_TRIALS),
@@ -131,6 +131,14 @@ def open_study(folder: Path, recipe: Recipe, axes: Sequence[Axis]) -> Any:
         study.enqueue_trial(trial.params)
     study.sampler = optuna.samplers.TPESampler(seed=SEED + len(study.trials), n_startup_trials=STARTUP_TRIALS)
     return study
+
+
+def find_storage(folder: Path) -> str:
+    """The database of the folder as Optuna takes it: a URL, and a template whose braces stand for something."""
+    import sqlalchemy
+
+    url = sqlalchemy.URL.create("sqlite", database=str(folder / STUDY)).render_as_string()
+    return url.replace("{", "{{").replace("}", "}}")
 
 
 def count_ended(study: Any) -> int:
@@ -167,7 +175,7 @@ def run_one(
         loss = run_trial(load_recipe(recipe, [*overrides, *drawn, own_folder]), report)
         if loss is not None and not math.isfinite(loss):
             raise RunFailed(f"trial {trial.number}", loss, "The validation loss is not finite.", "")
-    except UserError as error:
+    except (UserError, RuntimeError, MemoryError) as error:  # a device without memory left raises a RuntimeError
         trial.set_user_attr(FAULT, str(error))
         study.tell(trial, state=TrialState.FAIL)
         if not study.get_trials(states=[TrialState.COMPLETE]):

@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import torch
 import yaml
 
 from lora_ft.errors import UserError
@@ -98,16 +99,18 @@ def test_sweep_goes_on_where_it_was_interrupted(recipe_file, space_file, tmp_pat
 
 
 def test_a_trial_that_breaks_does_not_end_the_sweep(recipe_file, space_file, tmp_path):
-    outcomes = iter([1.0, float("nan"), UserError("training", None, "A step does not fit.", ""), 0.5])
+    refused = UserError("training", None, "A step does not fit.", "")
+    outcomes = iter([1.0, float("nan"), refused, torch.OutOfMemoryError("no memory left"), 0.5])
 
     def sometimes(recipe, report):
         outcome = next(outcomes)
-        if isinstance(outcome, UserError):
+        if isinstance(outcome, Exception):
             raise outcome
         return outcome
 
-    result = sweep(recipe_file(), space_file(), 4, folder=tmp_path / "out", run_trial=sometimes)
-    assert [trial.state for trial in result.trials] == ["complete", "failed", "failed", "complete"]
+    result = sweep(recipe_file(), space_file(), 5, folder=tmp_path / "what?#{1}", run_trial=sometimes)
+    assert [trial.state for trial in result.trials] == ["complete", *["failed"] * 3, "complete"]
+    assert (tmp_path / "what?#{1}" / "sweep.db").is_file()
     assert result.best.loss == 0.5
 
 
@@ -136,6 +139,9 @@ def test_another_sweep_in_the_folder_is_refused(recipe_file, space_file, tmp_pat
         ({"training.learning_rate": {"low": 1, "hihg": 2}}, "a list of values, or bounds"),
         ({"lora.r": []}, "nothing to choose"),
         ({"data.split.seed": [1, 2]}, "different validation rows"),
+        ({"data.max_length": [64, 128]}, "different tokens of them"),
+        ({"model.base": ["a", "b"]}, "different vocabularies"),
+        ({"lora.lora_alpha": {"low": 1, "high": 9, "step": 0}}, "A step is a number above 0"),
         ({}, "at least one key"),
     ],
 )
