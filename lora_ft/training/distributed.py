@@ -122,7 +122,7 @@ def settle_launch(recipe: Recipe, launch: Launch) -> Recipe:
     all the same. Only ZeRO-3 builds an unquantised base in the type of its mode, and leaves the adapter alone.
     """
     chosen = {choice.key for choice in recipe.choices}
-    shards = launch.deepspeed is not None or (launch.fsdp is not None and launch.fsdp.version == 2)
+    shards = launch.deepspeed is not None or launch.fsdp is not None
     if not shards or "training.bf16" not in chosen:
         return recipe
     builds_base = launch.strategy == "zero3" and not recipe.quantization
@@ -248,7 +248,7 @@ def _check_precision(launch: Launch, recipe: Recipe) -> Iterator[Fault]:
         rule = f"By training.bf16 and training.fp16 the recipe asks for {mode}, and one of the two would be ignored."
         yield Fault(place, launch.mixed_precision, rule, fix)
     storage = _storage(recipe)
-    casts = launch.deepspeed is not None or (launch.fsdp is not None and launch.fsdp.version == 2)
+    casts = launch.deepspeed is not None or launch.fsdp is not None
     if casts and mode != "no" and storage not in (None, *INTEGER_STORAGE, _dtype_of(mode)):
         rule = f"{mode} casts every parameter, and packed 4-bit weights stored as {storage} would turn into garbage."
         yield Fault("quantization.bnb_4bit_quant_storage", storage, rule, f"Write {_dtype_of(mode)}.")
@@ -299,6 +299,10 @@ def _check_zero3(recipe: Recipe) -> Iterator[Fault]:
 
 
 def _check_fsdp(settings: FsdpSettings, recipe: Recipe) -> Iterator[Fault]:
+    if settings.version == 1:
+        rule = "FSDP 1 joins the weights of a layer in one flat tensor, and no adapter is saved out of those."
+        yield Fault("accelerate config  fsdp_config.fsdp_version", 1, rule, "Write 2.")
+        return
     if settings.state_dict_type != "FULL_STATE_DICT":
         place, rule = "accelerate config  fsdp_config.fsdp_state_dict_type", "Its checkpoints hold no adapter."
         yield Fault(place, settings.state_dict_type, rule, "Write FULL_STATE_DICT.")
@@ -308,23 +312,10 @@ def _check_fsdp(settings: FsdpSettings, recipe: Recipe) -> Iterator[Fault]:
     if recipe.quantization and recipe.quantization.get("load_in_8bit"):
         rule = "FSDP cannot shard 8-bit weights: their scales get lost."
         yield Fault("quantization.load_in_8bit", True, rule, "Write load_in_4bit, or use DDP or ZeRO.")
-    yield from _check_fsdp_storage(settings, recipe)
-
-
-def _check_fsdp_storage(settings: FsdpSettings, recipe: Recipe) -> Iterator[Fault]:
-    """Packed 4-bit weights must be of a type that FSDP can shard beside the others (peft#1432, trl#1723)."""
-    storage = _storage(recipe)
-    if storage is None:
-        return
-    place, fix = "quantization.bnb_4bit_quant_storage", f"Write {recipe.model.dtype}, as model.dtype."
-    if settings.version == 1 and storage != recipe.model.dtype:
-        rule = f"FSDP 1 joins all weights of a layer in one tensor, and the others are {recipe.model.dtype}."
-        yield Fault(place, storage, rule, fix)
-    elif storage in INTEGER_STORAGE:
-        yield Fault(place, storage, "FSDP 2 shards no integers: every GPU would keep the whole 4-bit base.", fix)
-    if settings.version == 1 and _mixed_precision(recipe) == "no":
-        rule = "FSDP 1 ends the first step of a 4-bit base with a clash of types without mixed precision."
-        yield Fault("accelerate config  fsdp_config.fsdp_version", 1, rule, "Write 2.")
+    if (storage := _storage(recipe)) in INTEGER_STORAGE:  # peft#1432, trl#1723
+        rule = "FSDP 2 shards no integers: every GPU would keep the whole 4-bit base."
+        fix = f"Write {recipe.model.dtype}, as model.dtype."
+        yield Fault("quantization.bnb_4bit_quant_storage", storage, rule, fix)
 
 
 def _mixed_precision(recipe: Recipe) -> str:

@@ -196,15 +196,17 @@ def test_launcher_and_recipe_agree_on_mixed_precision():
 
 
 def test_fsdp_shards_only_what_it_can():
-    storage = ["quantization.bnb_4bit_quant_storage"]
-    assert refuse(FSDP2, make_recipe()) == storage
-    assert refuse(FSDP1, make_recipe(bf16=True)) == storage
-    assert refuse(FSDP1, make_recipe(quantization={**NF4, "bnb_4bit_quant_storage": "float32"}, bf16=True)) == storage
-    assert refuse(FSDP1, make_recipe(quantization=STORED_BF16)) == ["accelerate config  fsdp_config.fsdp_version"]
-    for launch in (FSDP1, FSDP2):
-        assert refuse(launch, make_recipe(quantization={"load_in_8bit": True})) == ["quantization.load_in_8bit"]
-        check_launch(launch, make_recipe(quantization=STORED_BF16, bf16=True))
-        check_launch(launch, make_recipe(quantization=None))
+    assert refuse(FSDP2, make_recipe()) == ["quantization.bnb_4bit_quant_storage"]
+    assert refuse(FSDP2, make_recipe(quantization={"load_in_8bit": True})) == ["quantization.load_in_8bit"]
+    check_launch(FSDP2, make_recipe(quantization=STORED_BF16, bf16=True))
+    check_launch(FSDP2, make_recipe(quantization=None))
+
+
+@pytest.mark.parametrize("quantization", [None, STORED_BF16])
+def test_fsdp1_is_refused(quantization):
+    """Its flat tensors have neither names nor shapes of an adapter's weights."""
+    refused = refuse(FSDP1, make_recipe(quantization=quantization))
+    assert refused == ["accelerate config  fsdp_config.fsdp_version"]
 
 
 def test_fsdp_checkpoints_hold_the_adapter():
