@@ -237,6 +237,12 @@ def test_ranks_without_a_gpu_would_train_alone(monkeypatch):
     check_launch(replace(DDP, world_size=1), make_recipe(use_cpu=False))
 
 
+def test_ranks_do_not_wait_for_one_that_has_no_batch_left():
+    recipe = make_recipe(accelerator_config={"even_batches": False})
+    assert refuse(DDP, recipe) == ["training.accelerator_config.even_batches"]
+    check_launch(replace(DDP, world_size=1), recipe)
+
+
 def test_offloaded_optimizer_is_the_one_asked_for():
     assert refuse(OFFLOAD, make_recipe(optim="paged_adamw_8bit")) == ["training.optim"]
     check_launch(OFFLOAD, make_recipe(optim="adamw_torch"))
