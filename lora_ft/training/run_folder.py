@@ -214,10 +214,10 @@ def _is_untouched(path: Path, manifest: dict[str, Any]) -> bool:
 
 def _find_warm_start(path: Path, manifest: dict[str, Any]) -> Path:
     """The weights that the run in the folder ended with, or the newest that it saved."""
-    intact = (checkpoint for checkpoint in list_checkpoints(path) if find_damage(checkpoint) is None)
-    exported = path / "adapter"
-    found = [exported] if manifest.get("state") == "finished" else [*intact, exported]
-    for folder in [*found, path / WARM_START]:
+    intact = [checkpoint for checkpoint in list_checkpoints(path) if find_damage(checkpoint) is None]
+    exported, kept = path / "adapter", path / WARM_START
+    orders = {"finished": [exported, kept], "clearing": [kept, *intact, exported]}
+    for folder in orders.get(manifest.get("state", ""), [*intact, exported, kept]):
         if (folder / WEIGHTS).is_file():
             return folder
     raise _nothing_warm(path)

@@ -178,6 +178,21 @@ def test_killed_between_the_steps_of_a_fresh_start(recipe, recipe_file, monkeypa
     assert not list(recipe.output_dir.glob("checkpoint-*"))
 
 
+def test_killed_between_the_steps_of_a_warm_start(recipe, recipe_file, monkeypatch):
+    """The weights that were set aside are those to start from, not an older checkpoint that is still there."""
+    begin(recipe)
+    save_checkpoint(recipe, 5, value=5.0)
+    save_checkpoint(recipe, 10, value=10.0)
+    other = load_recipe(recipe_file(training={"learning_rate": 1e-3}))
+    monkeypatch.setattr("lora_ft.training.run_folder.remove_run", lambda path: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        begin(other, warm=True)
+    monkeypatch.undo()
+    shutil.rmtree(recipe.output_dir / "checkpoint-10")
+    start = open_folder(other, warm=True).warm_start
+    assert load_file(start / "adapter_model.safetensors")["lora_A"][0] == 10.0
+
+
 def test_killed_before_the_first_manifest(recipe):
     recipe.output_dir.mkdir()
     (recipe.output_dir / ".lock").touch()
