@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
+from glob import has_magic
 from pathlib import Path
 
 from lora_ft.builtin import is_builtin, locate_data
@@ -12,6 +14,10 @@ from lora_ft.yaml_lines import Key, dotted
 
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 1000
 """What the file systems of Linux, macOS and Windows take for one name, and what leaves room below a folder."""
+KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
+"""Suffixes of the kinds of files that rows are read from."""
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+"""Suffixes that may follow."""
 
 
 def resolve_paths(recipe: Recipe, folder: Path, overridden: set[Key]) -> Recipe:
@@ -58,8 +64,8 @@ def _read_path(text: str, key: Key) -> Path:
     Raises:
         UserError: no file system takes it, or it begins with the home of nobody.
     """
-    longest_name = max((len(part.encode()) for part in Path(text).parts), default=0)
-    if longest_name > MAX_NAME_BYTES or len(text.encode()) > MAX_PATH_BYTES:
+    longest_name = max((len(os.fsencode(part)) for part in Path(text).parts), default=0)
+    if longest_name > MAX_NAME_BYTES or len(os.fsencode(text)) > MAX_PATH_BYTES:
         rule = f"A file's name has at most {MAX_NAME_BYTES} bytes, and its whole path {MAX_PATH_BYTES}."
         raise UserError(dotted(key), f"{text[:40]}…", rule, "Shorten it.")
     try:
@@ -74,5 +80,17 @@ def _is_path(text: str) -> bool:
 
 
 def _is_hub_id(text: str, local: str) -> bool:
-    """Whether a source is a Hub data set: of the form ORGANISATION/NAME, without a suffix, and nothing lies there."""
-    return text.count("/") == 1 and not _is_path(text) and not Path(text).suffix and not Path(local).exists()
+    """Whether a source is a Hub data set: of the form ORGANISATION/NAME, no kind of file, and nothing lies there.
+
+    A dot alone makes no file: `teknium/OpenHermes-2.5`.
+    """
+    is_name = text.count("/") == 1 and not _is_path(text) and not has_magic(text)
+    return is_name and split_suffixes(Path(text))[0] is None and not Path(local).exists()
+
+
+def split_suffixes(path: Path) -> tuple[str | None, str | None]:
+    """(kind, compression) of a file's name, each as a suffix; None for a kind that is not read."""
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else None
+    kind = suffixes[-1] if suffixes and suffixes[-1] in KINDS else None
+    return kind, compression

@@ -15,9 +15,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from lora_ft.data.calls import check_call, check_tools, squeeze
 from lora_ft.data.example import Message
 from lora_ft.data.fields import BadRow, shorten
-from lora_ft.data.template import ChatTemplate
+from lora_ft.data.template import PROBE, ChatTemplate
 
 LAST_ONLY = "Learn the last answer only (data.train_on: last), or mend the template (data.chat_template)."
 
@@ -50,6 +51,8 @@ def find_answers(
         text, marks = template.render_marked(messages, tools, prompt)
     else:
         text = template.render(messages, tools, prompt)
+    if tools and not prompt:
+        check_tools(template, messages, tools)
     starts = [find_start(template, text, messages, tools, index) for index in wanted]
     found = []
     for index, start, limit in zip(wanted, starts, [*starts, len(text)][1:], strict=True):
@@ -75,6 +78,29 @@ def find_start(
     rule = "The chat template writes the inference prompt for this answer otherwise once the answer stands behind it."
     fix = f"Begin answers as the prompt asks (with <think>, say), or turn that off by data.template_kwargs. {LAST_ONLY}"
     raise BadRow(f"messages[{index}]", f"the prompt ends …{prompt[-40:]!r}", rule, fix)
+
+
+def find_content(
+    template: ChatTemplate,
+    text: str,
+    messages: Sequence[Message],
+    tools: Sequence[Message],
+    index: int,
+    prompt: bool = False,
+) -> Span:
+    """Where the content of a message stands in `text`, white space around it left out; it need not be an answer.
+
+    The same conversation is rendered with a probe in its place: looked for as it is, "user" stands in every header.
+    """
+    message = messages[index]
+    said = message["content"].strip()
+    probed = {**message, "content": message["content"].replace(said, PROBE, 1)}
+    other = template.render([*messages[:index], probed, *messages[index + 1 :]], tools, prompt)
+    start = other.find(PROBE)
+    if said and text == other[:start] + said + other[start + len(PROBE) :]:
+        return Span(start, start + len(said))
+    rule = "The chat template rewrites this message, so that it cannot be left out of what is learned."
+    raise BadRow(f"messages[{index}].content", shorten(said), rule, "Take away its `train` or `weight`.")
 
 
 def find_end(template: ChatTemplate, text: str, start: int, limit: int, message: Message) -> int | None:
@@ -128,6 +154,8 @@ def check_whole(template: ChatTemplate, text: str, start: int, end: int, message
         if text.find(said, start, end) < 0 and not _goes_on(text[max(0, start - 80) : start], text[start:end], said):
             rule = "The chat template leaves out or rewrites a part of this answer."
             raise BadRow(f"messages[{index}].{field}", shorten(said), rule, LAST_ONLY)
+    for number, call in enumerate(message.get("tool_calls", ())):
+        check_call(text[start:end], call, f"messages[{index}].tool_calls[{number}].function")
 
 
 def pass_space(template: ChatTemplate, text: str, end: int) -> int:
@@ -137,11 +165,7 @@ def pass_space(template: ChatTemplate, text: str, end: int) -> int:
 
 def _goes_on(before: str, rendered: str, said: str) -> bool:
     """Whether what is said stands in `rendered` but for white space, or for a start that ends `before`."""
-    before, said = _squeeze(before), _squeeze(said)
+    before, said = squeeze(before), squeeze(said)
     lengths = range(min(len(before), len(said)), 0, -1)
     opened = next((n for n in lengths if before.endswith(said[:n])), 0)
-    return said[opened:] in _squeeze(rendered)
-
-
-def _squeeze(text: str) -> str:
-    return "".join(text.split())
+    return said[opened:] in squeeze(rendered)

@@ -24,7 +24,7 @@ class Example:
     tools: tuple[Message, ...] = ()
     """JSON schemas of the functions the assistant may call."""
     muted: tuple[int, ...] = ()
-    """Indices of answers that are read but not learned (`train: false`)."""
+    """Indices of messages that are read but not learned (`train: false`)."""
     prompt: str = ""
     """Plain text that is read but not learned."""
     completion: str = ""
@@ -53,6 +53,17 @@ class Example:
         if not self.messages:
             return self.prompt or self.completion
         return "\n".join(_texts(self.messages[: self.answers[-1]])) or self.text
+
+    @property
+    def parts(self) -> tuple[str, str, str]:
+        """The first question, with all that stands before it; its answer; and how the conversation goes on."""
+        if not self.messages:
+            return self.question, self.completion, ""
+        asked = next((i for i, message in enumerate(self.messages) if message["role"] == "user"), 0)
+        answer = next((i for i in self.answers if i > asked), self.answers[-1])
+        turns = self.messages[:answer], self.messages[answer : answer + 1], self.messages[answer + 1 :]
+        question, said, rest = ["\n".join(_texts(part)) for part in turns]
+        return question or self.text, said, rest
 
     @property
     def text(self) -> str:

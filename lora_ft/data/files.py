@@ -59,7 +59,7 @@ def open_text(path: Path, newline: str | None = None) -> io.TextIOWrapper:
 
 def open_stream(path: Path) -> tuple[Any, str]:
     """The bytes of a file, unpacked where it is compressed, and the encoding they have."""
-    stream = COMPRESSIONS.get(path.suffix.lower(), open_plain)(path)
+    stream = OPENERS.get(path.suffix.lower(), open_plain)(path)
     start = stream.peek(4)
     return stream, next((name for mark, name in BOMS if start.startswith(mark)), "utf-8")
 
@@ -79,6 +79,9 @@ def open_zstandard(path: Path) -> io.BufferedReader:
 def iterate_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """(number, line in UTF-8) of every line that is not blank; one that is too long comes cut."""
     stream, encoding = open_stream(path)
+    if encoding == "utf-8-sig":
+        stream.read(3)  # what follows is read as bytes, so that a line with a bad one is a fault of that line
+        encoding = "utf-8"
     lines: Any = stream if encoding == "utf-8" else io.TextIOWrapper(stream, encoding)
     with lines:
         number = 0
@@ -90,7 +93,7 @@ def iterate_lines(path: Path) -> Iterator[tuple[int, bytes]]:
                 line = lines.readline(MAX_ROW_CHARACTERS)
 
 
-COMPRESSIONS: dict[str, Callable[[Path], Any]] = {
+OPENERS: dict[str, Callable[[Path], Any]] = {
     ".gz": gzip.GzipFile,
     ".bz2": bz2.BZ2File,
     ".xz": lzma.LZMAFile,

@@ -4,8 +4,8 @@ document         q q q q a a a a </s>          max_length 7
 keep_start       q q q q a a a                 the answer is cut: it never ends
 keep_end         q q a a a a </s>              behind the BOS, where there is one
 context          q q a a a a </s>              the same length, but only the `context` column loses words
-split            q q q q a a a | a a </s>      plain text only; the token before a cut is read again, so that
-                                               each token still has the one before it
+split            q q q q a a a | a a </s>      plain text only, other rows are refused; the token before a cut is
+                                               read again, so that each token still has the one before it
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from lora_ft.data.example import Example
 from lora_ft.data.render import IGNORE_INDEX, Document, Renderer
+from lora_ft.errors import Fault
 from lora_ft.sections import DataSection
 
 
@@ -29,15 +30,18 @@ class Fitted:
     """Whether the cut went through an answer, which lost its terminator."""
 
 
-def fit_document(document: Document, example: Example, section: DataSection, renderer: Renderer) -> Fitted:
+def fit_document(document: Document, example: Example, section: DataSection, renderer: Renderer) -> Fitted | Fault:
     """The document of an Example within `section.max_length` tokens, by the policy `section.truncation`."""
     limit = section.max_length
     if len(document.input_ids) <= limit:
         return Fitted((document,))
     if section.truncation == "drop":
         return Fitted(())
-    if section.truncation == "split" and not example.messages and not example.prompt:
-        return Fitted(_split(document, limit))
+    if section.truncation == "split":
+        if not example.messages and not example.prompt:
+            return Fitted(_split(document, limit))
+        rule = f"The row is longer than data.max_length ({limit}), and only a text without a prompt can be split."
+        return Fault(document.place, f"{len(document.input_ids)} tokens", rule, "Choose another data.truncation.")
     if section.truncation == "keep_end":
         return Fitted((_keep_end(document, limit, renderer.num_begin_tokens(document)),), is_truncated=True)
     if section.truncation == "context" and example.context:

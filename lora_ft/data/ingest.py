@@ -58,7 +58,9 @@ class Ingest:
     def __init__(self, sources: Sequence[Source], section: DataSection, is_chat: bool, faults: FaultList):
         """Bad rows go to `faults`. With `is_chat` questions and answers become conversations, otherwise plain text."""
         self._sources, self._section, self._is_chat, self._faults = sources, section, is_chat, faults
-        self._questions, self._texts, self._labels, self._numbers = array("Q"), array("Q"), array("i"), array("i")
+        self._keys = array("Q"), array("Q"), array("Q")
+        """Hashes of each row's first question, first exchange and whole text."""
+        self._labels, self._numbers = array("i"), array("i")
         self.class_numbers: dict[str | None, int] = {}
         """Classes, numbered as they are met; None where a row has none."""
         self.num_skipped = 0
@@ -72,9 +74,8 @@ class Ingest:
             for chunk in chunked(self._read_good()):
                 writer.write([line for _, _, line in chunk])
                 for number, example, _ in chunk:
-                    question, text = hash_example(example)
-                    self._questions.append(question)
-                    self._texts.append(text)
+                    for keys, key in zip(self._keys, hash_example(example), strict=True):
+                        keys.append(key)
                     self._labels.append(self.class_numbers.setdefault(example.label, len(self.class_numbers)))
                     self._numbers.append(number)
                 if not self._faults.is_refused:
@@ -89,8 +90,9 @@ class Ingest:
     def build_index(self, order: np.ndarray) -> RowIndex:
         """What the deal needs to know of the rows that were read; `order` is that of their classes."""
         fixed = np.array([find_fixed(source) for source in self._sources], dtype=np.int8)
+        questions, exchanges, texts = map(np.asarray, self._keys)
         labels, sources = order[np.asarray(self._labels)], np.asarray(self._numbers)
-        return RowIndex(np.asarray(self._questions), np.asarray(self._texts), labels, sources, fixed[sources])
+        return RowIndex(questions, exchanges, texts, labels, sources, fixed[sources])
 
     def _read_good(self) -> Iterator[tuple[int, Example, bytes]]:
         """The number of its source, each Example, and its JSON; Faults, and Examples that have no JSON, are counted."""
@@ -126,10 +128,12 @@ def read_source(
     return (item if isinstance(item, Fault) else redact_example(item, redacted) for item in found)
 
 
-def hash_example(example: Example) -> tuple[int, int]:
-    """64-bit hashes of the question, and of question and answer, that do not see case and white space."""
-    question = xxhash.xxh3_64_intdigest(_normalise(example.question))
-    return question, xxhash.xxh3_64_intdigest(_normalise(example.reference), seed=question)
+def hash_example(example: Example) -> tuple[int, int, int]:
+    """64-bit hashes of the first question, of it and its answer, and of all text, that see no case and white space."""
+    asked, answered, rest = example.parts
+    question = xxhash.xxh3_64_intdigest(_normalise(asked))
+    exchange = xxhash.xxh3_64_intdigest(_normalise(answered), seed=question)
+    return question, exchange, xxhash.xxh3_64_intdigest(_normalise(rest), seed=exchange) if rest else exchange
 
 
 def _normalise(text: str) -> bytes:

@@ -14,14 +14,17 @@ CHUNK_CHARACTERS = 1 << 20
 
 
 def read_json(path: Path) -> Rows:
-    """An array of objects, an object that holds one such array, or one object a line.
+    """An array of objects or several, an object that holds one such array, or one object a line.
 
     Elements are decoded one by one as the text comes in; parsing the whole would hold it in memory, and know no lines.
     """
     with open_text(path) as stream:
         scanner = JsonScanner(stream, path)
-        if scanner.take("["):
-            yield from _read_elements(scanner)
+        if scanner.peek() == "[":
+            while scanner.take("["):
+                yield from _read_elements(scanner)
+            if scanner.peek():
+                raise scanner.error("Behind an array of rows stands what is no array.")
         elif scanner.peek():
             first = Row(f"{path}:{scanner.line}", scanner.value())
             if scanner.peek() or not (array := _find_array(first.fields)):
@@ -45,7 +48,7 @@ def _find_array(value: Any) -> list | None:
     """The rows of a file that wraps them in an object: `{"version": 1, "data": [{…}, …]}`."""
     arrays = [v for v in value.values() if isinstance(v, list)] if isinstance(value, dict) else []
     is_rows = len(arrays) == 1 and all(isinstance(row, dict) for row in arrays[0])
-    return arrays[0] if is_rows and not {"messages", "conversations"}.intersection(value) else None
+    return arrays[0] if is_rows and not {"messages", "conversations", "tools"}.intersection(value) else None
 
 
 class JsonScanner:
@@ -90,6 +93,8 @@ class JsonScanner:
                     raise self.error(f"This is not JSON: {error.msg}.") from None
             except RecursionError:
                 raise self.error("Values are nested too deep.") from None
+            except ValueError:
+                raise self.error("A number has more digits than Python reads (4,300).") from None
         self.line += self._text.count("\n", self._at, end)
         self._at = end
         return value

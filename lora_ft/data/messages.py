@@ -66,7 +66,10 @@ def read_message(row: object, where: str) -> dict[str, Any]:
 
 def _read_extras(message: dict[str, Any], where: str) -> None:
     """Tool calls and thinking in their usual form; an empty list of calls is taken out."""
-    if calls := read_json_field(message.pop("tool_calls", None), where + "tool_calls"):
+    calls = read_json_field(message.pop("tool_calls", None), where + "tool_calls")
+    if calls is not None and not isinstance(calls, (list, tuple)):
+        raise BadRow(where + "tool_calls", calls, "Tool calls are a list.", 'Write [{"function": {"name": …}}].')
+    if calls:
         message["tool_calls"] = [_read_call(call, f"{where}tool_calls[{i}].") for i, call in enumerate(calls)]
     for name in THINKING:
         if name in message:

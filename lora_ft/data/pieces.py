@@ -36,7 +36,7 @@ class PieceEncoder:
             raise UserError("model.base", type(tokenizer).__name__, rule, "Choose a base that has one.")
         self._backend = tokenizer.backend_tokenizer
         self._ids = BatchEncoder(self._backend).encode
-        self._begin_ids, self._bos = _find_begin(tokenizer), tokenizer.bos_token
+        self._begin_ids, self._bos = find_frame(tokenizer)[0], tokenizer.bos_token
         added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
         self._added_at_end = re.compile(f"(?:{'|'.join(map(re.escape, added)) or '(?!)'})$")
         self._anchor = self._find_anchor()
@@ -82,8 +82,9 @@ class PieceEncoder:
         return anchored == anchor_ids + whole.ids[before:]
 
 
-def _find_begin(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def find_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and behind a plain text: `<s>`, `[CLS]`; `</s>`, `[SEP]`; often nothing."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     dressed = tokenizer("a")["input_ids"]
     start = next((i for i in range(len(dressed)) if dressed[i : i + len(bare)] == bare), 0)
-    return dressed[:start]
+    return dressed[:start], dressed[start + len(bare) :]

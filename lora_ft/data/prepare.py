@@ -103,6 +103,9 @@ def prepare_folder(
     documents = write_documents(folder / DOCUMENTS, chunks, task, faults)
     faults.raise_refused()
     order, labels = ingest.order_classes()
+    if section.balance and not labels and ingest.class_numbers:
+        rule = "No row has a label, so that there is nothing to balance."
+        raise UserError("data.balance", "true", rule, "Leave it out, or give rows with text and label.")
     index = ingest.build_index(order)
     weights = np.array([source.section.weight for source in sources])
     dealt = deal_rows(index, weights, section.split, section.balance)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 from rich.console import Console
 from rich.text import Text
 
+from lora_ft.data.check import check_section
 from lora_ft.data.ingest import read_source
 from lora_ft.data.render import IGNORE_INDEX, Document, Renderer
 from lora_ft.data.sources import find_source
@@ -82,6 +83,7 @@ def preview_rows(
     Raises:
         UserError: a row among them is bad.
     """
+    check_section(section)
     renderer = Renderer(tokenizer, section)
     sources = [find_source(source, base_folder) for source in section.sources]
     found = (item for source in sources for item in read_source(source, section, renderer.is_chat, Counter()))

@@ -14,10 +14,11 @@ from pathlib import Path
 import orjson
 
 from lora_ft.data.fields import shorten
-from lora_ft.data.files import COMPRESSIONS, Row, Rows, drop_fillers, iterate_lines
+from lora_ft.data.files import Row, Rows, drop_fillers, iterate_lines
 from lora_ft.data.json_stream import read_json
 from lora_ft.data.tables import read_csv, read_tsv
 from lora_ft.errors import Fault, UserError
+from lora_ft.recipe_paths import COMPRESSIONS, split_suffixes
 
 PARQUET_ROWS = 1000
 
@@ -38,14 +39,6 @@ def read_file(path: Path) -> Rows:
         yield from READERS[kind](path)
     except (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError) as error:
         raise UserError(str(path), None, f"The file cannot be read: {error}.", "Check the path and the file.") from None
-
-
-def split_suffixes(path: Path) -> tuple[str | None, str | None]:
-    """(kind, compression) of a file's name, each as a suffix; None for a kind that is not read."""
-    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
-    compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS else None
-    kind = suffixes[-1] if suffixes and suffixes[-1] in READERS else None
-    return kind, compression
 
 
 def read_jsonl(path: Path) -> Rows:
@@ -89,4 +82,4 @@ READERS: dict[str, Callable[[Path], Rows]] = {
     ".parquet": read_parquet,
     ".txt": read_text,
 }
-"""Suffixes of the kinds of files that are read."""
+"""How each kind of file is read."""

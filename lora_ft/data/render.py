@@ -15,16 +15,17 @@ border ("…:" + " yes"); masking by token id is wrong wherever an id has two us
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
-from lora_ft.data.answers import Span, find_answers
-from lora_ft.data.example import Example
+from lora_ft.data.answers import Span, find_answers, find_content, find_start
+from lora_ft.data.example import ANSWERING_ROLE, Example
 from lora_ft.data.fields import BadRow
 from lora_ft.data.pieces import PieceEncoder
-from lora_ft.data.template import load_template
+from lora_ft.data.template import ChatTemplate, load_template
 from lora_ft.errors import Fault, UserError
 from lora_ft.sections import DataSection
 
@@ -51,6 +52,15 @@ class Document:
         return len(self.labels) - self.labels.count(IGNORE_INDEX)
 
 
+class Exchange(NamedTuple):
+    """What a row asks last, and what a model should say to it."""
+
+    prompt_ids: list[int]
+    """Tokens up to where the last answer starts: what the model is given at inference."""
+    answer_ids: list[int]
+    """Tokens that should follow, as they are learned: all that the template puts around the answer, and its end."""
+
+
 class Piece(NamedTuple):
     """A stretch of a row's text that is supervised as a whole or not at all."""
 
@@ -68,6 +78,7 @@ class Renderer:
         self._tool_template = load_template(tokenizer, section, tools=True)
         self._encoder = PieceEncoder(tokenizer)
         self._tokenizer = tokenizer
+        self._special_ids = frozenset(tokenizer.all_special_ids)
         self._train_on = section.train_on
 
     @property
@@ -106,19 +117,50 @@ class Renderer:
 
     def render_prompt(self, example: Example) -> list[int]:
         """Token ids up to where the last answer starts: what the model is given at inference."""
-        pieces = [Piece(example.prompt, is_supervised=False)] if example.prompt else []
-        try:
-            pieces = self._cut_chat(example, example.answers[-1]) if example.messages else pieces
-        except BadRow as bad:
-            raise UserError.of([bad.at(example.place)]) from None
-        (encoded,) = self._encoder.encode([[piece.text for piece in pieces]])
-        return [*self._begin_ids(example), *chain.from_iterable(encoded)]
+        with placed(example):
+            return self._encode_exchange(example, self._cut_prompt(example)).prompt_ids
+
+    def render_exchange(self, example: Example) -> Exchange | None:
+        """The last question and its answer; None where nothing is asked (a plain text), or the answer is not learned.
+
+        A message's `content` is less than what a model says: Qwen's answers begin with an empty thinking part.
+        """
+        if not example.messages and not example.prompt:
+            return None
+        with placed(example):
+            asked, said = self._cut_prompt(example), self._cut_last_answer(example)
+        exchange = self._encode_exchange(example, asked, said)
+        return exchange if said and not self._special_ids.issuperset(exchange.prompt_ids) else None
+
+    def _encode_exchange(self, example: Example, asked: Sequence[Piece], said: Sequence[Piece] = ()) -> Exchange:
+        (encoded,) = self._encoder.encode([[piece.text for piece in (*asked, *said)]])
+        prompt_ids = [*self._begin_ids(example), *chain.from_iterable(encoded[: len(asked)])]
+        return Exchange(prompt_ids, list(chain.from_iterable(encoded[len(asked) :])))
 
     def _cut_or_fault(self, example: Example) -> list[Piece] | Fault:
         try:
             return self._cut_chat(example) if example.messages else self._cut_plain(example)
         except BadRow as bad:
             return bad.at(example.place)
+
+    def _cut_prompt(self, example: Example) -> list[Piece]:
+        """All that stands before the last answer."""
+        if example.messages:
+            return self._cut_chat(example, example.answers[-1])
+        return [Piece(example.prompt, is_supervised=False)] if example.prompt else []
+
+    def _cut_last_answer(self, example: Example) -> list[Piece]:
+        """All that stands between the inference prompt and the last answer's end; nothing where it is not learned."""
+        if not example.messages:
+            return self._cut_plain(example)[-1:]
+        last = example.answers[-1]
+        if last in example.muted:
+            return []
+        template = self._choose_template(example)
+        text, (spans,) = find_answers(template, example.messages, example.tools, [last])
+        start = find_start(template, text, example.messages, example.tools, last)
+        moved = [(Span(span.start - start, span.end - start), True) for span in spans]
+        return cut_text(text[start : spans[-1].end if spans else start], moved, elsewhere=False)
 
     def _cut_plain(self, example: Example) -> list[Piece]:
         """Prompt, and completion with one end-of-text token."""
@@ -132,17 +174,23 @@ class Renderer:
 
     def _cut_chat(self, example: Example, before: int | None = None) -> list[Piece]:
         """The whole conversation in pieces; with `before`, the inference prompt for the answer of that index."""
+        template, learned = self._choose_template(example), self._find_learned(example)
+        bordered = learned.union(example.muted) if self._train_on == "all" else learned
+        indices = [index for index in sorted(bordered) if before is None or index < before]
+        messages, prompt = example.messages[:before], before is not None
+        answers = [index for index in indices if messages[index]["role"] == ANSWERING_ROLE]
+        text, spans = find_answers(template, messages, example.tools, answers, prompt)
+        flagged = [(span, index in learned) for index, found in zip(answers, spans, strict=True) for span in found]
+        others = [index for index in indices if index not in answers and messages[index].get("content")]
+        flagged += [(find_content(template, text, messages, example.tools, i, prompt), False) for i in others]
+        return cut_text(text, sorted(flagged), elsewhere=self._train_on == "all")
+
+    def _choose_template(self, example: Example) -> ChatTemplate:
         template = self._tool_template if example.tools else self.template
         if template is None:
             rule = "The base has no chat template, so that a conversation cannot become text."
             raise BadRow("messages", None, rule, "Name a Jinja file in data.chat_template, or take an instruct model.")
-        learned = self._find_learned(example)
-        bordered = {*learned, *example.muted} if self._train_on == "all" else learned
-        indices = [index for index in sorted(bordered) if before is None or index < before]
-        messages = example.messages[:before]
-        text, spans = find_answers(template, messages, example.tools, indices, prompt=before is not None)
-        flagged = [(span, index in learned) for index, found in zip(indices, spans, strict=True) for span in found]
-        return cut_text(text, flagged, elsewhere=self._train_on == "all")
+        return template
 
     def _find_learned(self, example: Example) -> set[int]:
         """Indices of the answers that are learned (`all` learns the rest of the text as well)."""
@@ -161,6 +209,15 @@ class Renderer:
             labels += ids if piece.is_supervised else [IGNORE_INDEX] * len(ids)
         labels[:1] = [IGNORE_INDEX]  # nothing stands before it that could predict it
         return Document(input_ids, labels, example.place)
+
+
+@contextmanager
+def placed(example: Example) -> Iterator[None]:
+    """A BadRow becomes an error that names the Example's place."""
+    try:
+        yield
+    except BadRow as bad:
+        raise UserError.of([bad.at(example.place)]) from None
 
 
 def cut_text(text: str, spans: Iterable[tuple[Span, bool]], elsewhere: bool) -> list[Piece]:

@@ -46,6 +46,11 @@ class Splits:
         """Tokens of the longest row that is trained on."""
         return int(TokenRows(self.folder / "train.arrow").row_lengths().max(initial=0))
 
+    @property
+    def largest_token(self) -> int:
+        """The largest token id of all rows, answers that a decoder writes among them; all of them are read."""
+        return max(TokenRows(self.folder / f"{split}.arrow").largest_token() for split in SPLITS)
+
     def load_index(self) -> tuple[RowIndex, np.ndarray]:
         """What the deal knew of every row, and the split each row got (negative: none)."""
         with np.load(self.folder / INDEX) as arrays:

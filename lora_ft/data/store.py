@@ -95,6 +95,11 @@ class TokenRows:
         parts = [np.diff(chunk.column("input_ids").offsets.to_numpy()) for chunk in self._chunks]
         return np.concatenate([np.empty(0, dtype=np.int64), *parts])
 
+    def largest_token(self) -> int:
+        """The largest token id, of inputs and labels; -1 where there is no row."""
+        lists = [column for chunk in self._chunks for column in chunk.columns[:2] if pa.types.is_list(column.type)]
+        return max((int(column.flatten().to_numpy().max(initial=-1)) for column in lists), default=-1)
+
 
 class ExampleFile:
     """Examples in one file, written once in order and read by number."""

@@ -70,13 +70,23 @@ def _read_header(path: Path, sample: Sequence[tuple[str, list[str] | Fault]]) ->
 
 
 def _table_lines(path: Path, reader: Any) -> Iterator[tuple[str, list[str] | Fault]]:
+    """(place, cells) of each row, or its Fault.
+
+    A quote that nobody closes takes in the lines up to the next one, or all that follow: how many rows these were is
+    not known, so that they are not one bad row to be skipped.
+    """
     while True:
-        place = f"{path}:{reader.line_num + 1}"
+        first = reader.line_num + 1
+        place = f"{path}:{first}"
         try:
             cells = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
+            num_lines = reader.line_num + 1 - first
+            if num_lines > 1:
+                rule = f"A quote opened here takes in {num_lines:,} lines, {first} to {reader.line_num}: {error}."
+                raise UserError(place, None, rule, 'Close it; a quote inside a cell is written twice ("").') from None
             yield place, Fault(place, None, f"The row cannot be read: {error}.", "Mend its quotes.")
             continue
         if cells:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import TYPE_CHECKING, Protocol
 
 import pyarrow as pa
 
 from lora_ft.data.example import Example
 from lora_ft.data.fitting import Fitted, fit_document, replace_context
+from lora_ft.data.pieces import find_frame
 from lora_ft.data.render import Document, Renderer
 from lora_ft.data.store import TOKENS
 from lora_ft.errors import Fault
@@ -50,25 +52,55 @@ class SftTask:
         ]
 
 
+class WholeEncoder:
+    """Tokenises whole texts with the tokenizer's own special tokens around each; several threads may share one.
+
+    `tokenizer(text, truncation=True)` would leave truncation on for whatever another thread tokenises meanwhile.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self._tokenizer = tokenizer
+        begin, end = find_frame(tokenizer)
+        self._num_begin, self._num_end = len(begin), len(end)
+        self._turn = Lock()
+        """NLLB and mBART put other special tokens around answers, by a setting that all threads see."""
+
+    def encode(self, texts: Sequence[str], as_answers: bool = False) -> list[list[int]]:
+        """The ids of each text."""
+        with self._turn:
+            return self._tokenizer(**{"text_target" if as_answers else "text": list(texts)})["input_ids"]
+
+    def cut(self, ids: list[int], limit: int, at_start: bool) -> list[int]:
+        """At most `limit` tokens of a text, cut at its end or `at_start`, with the special tokens around it kept.
+
+        whole      <s> a b c d </s>     limit 4
+        at end     <s> a b </s>         at start     <s> c d </s>
+        """
+        end = len(ids) - self._num_end
+        room = max(0, limit - self._num_begin - self._num_end)
+        start = max(self._num_begin, end - room) if at_start else self._num_begin
+        return ids[: self._num_begin] + ids[start : min(end, start + room)] + ids[end:]
+
+
 @dataclass(frozen=True)
 class ClassificationTask:
     """A text, and the number of its class."""
 
-    tokenizer: PreTrainedTokenizerBase
+    encoder: WholeEncoder
     section: DataSection
     class_numbers: Mapping[str | None, int]
     label_type = pa.int32()
 
     def fit(self, rows: Sequence[Example]) -> list[Fitted | Fault]:
         """Texts with the tokenizer's own special tokens, within `max_length`."""
-        encoded = self.tokenizer([row.context for row in rows])["input_ids"]
+        encoded = self.encoder.encode([row.context for row in rows])
         return [self._fit_row(row, ids) for row, ids in zip(rows, encoded, strict=True)]
 
     def _fit_row(self, row: Example, ids: list[int]) -> Fitted:
         is_long = len(ids) > self.section.max_length
         if is_long and self.section.truncation == "drop":
             return Fitted(())
-        kept = cut_input(self.tokenizer, row.context, ids, self.section) if is_long else ids
+        kept = cut_input(self.encoder, ids, self.section)
         return Fitted((Document(kept, [self.class_numbers[row.label]], row.place),), is_truncated=is_long)
 
 
@@ -76,14 +108,14 @@ class ClassificationTask:
 class Seq2SeqTask:
     """A question that an encoder reads, and the answer that a decoder writes."""
 
-    tokenizer: PreTrainedTokenizerBase
+    encoder: WholeEncoder
     section: DataSection
     label_type = TOKENS
 
     def fit(self, rows: Sequence[Example]) -> list[Fitted | Fault]:
         """Questions within `max_length` and answers within `max_target_length`, with the tokenizer's special tokens."""
-        sources = self.tokenizer([row.prompt for row in rows])["input_ids"]
-        targets = self.tokenizer(text_target=[row.completion for row in rows])["input_ids"]
+        sources = self.encoder.encode([row.prompt for row in rows])
+        targets = self.encoder.encode([row.completion for row in rows], as_answers=True)
         return [self._fit_row(*parts) for parts in zip(rows, sources, targets, strict=True)]
 
     def _fit_row(self, row: Example, source: list[int], target: list[int]) -> Fitted | Fault:
@@ -96,25 +128,22 @@ class Seq2SeqTask:
             return Fitted(())
         if is_long and self.section.truncation == "context":
             source = self._shorten_context(row, source)
-        if len(source) > self.section.max_length:
-            source = cut_input(self.tokenizer, row.prompt, source, self.section)
-        document = Document(source, target[:target_length], row.place)
+        document = Document(cut_input(self.encoder, source, self.section), target[:target_length], row.place)
         return Fitted((document,), is_truncated=is_long or is_cut, is_answer_cut=is_cut)
 
     def _shorten_context(self, row: Example, source: list[int]) -> list[int]:
         while row.context and (excess := len(source) - self.section.max_length) > 0:
             keep = len(row.context) - max(1, excess * len(row.prompt) // len(source))
             row = replace_context(row, row.context[: max(0, keep)])
-            source = self.tokenizer(row.prompt)["input_ids"]
+            (source,) = self.encoder.encode([row.prompt])
         return source
 
 
-def cut_input(tokenizer: PreTrainedTokenizerBase, text: str, ids: list[int], section: DataSection) -> list[int]:
-    """The tokens of a text that is too long, cut at its start or end, with the special tokens around it kept."""
-    if section.truncation == "keep_end":
-        num_begin = int(ids[0] in tokenizer.all_special_ids)
-        return ids[:num_begin] + ids[len(ids) - section.max_length + num_begin :]
-    return tokenizer(text, truncation=True, max_length=section.max_length)["input_ids"]
+def cut_input(encoder: WholeEncoder, ids: list[int], section: DataSection) -> list[int]:
+    """The tokens of a text within `max_length`."""
+    if len(ids) <= section.max_length:
+        return ids
+    return encoder.cut(ids, section.max_length, at_start=section.truncation == "keep_end")
 
 
 def build_task(
@@ -125,7 +154,7 @@ def build_task(
 ) -> Task:
     """The task of a recipe; `class_numbers` holds the classes of all rows that are fitted."""
     if section.task == "classification":
-        return ClassificationTask(tokenizer, section, class_numbers)
+        return ClassificationTask(WholeEncoder(tokenizer), section, class_numbers)
     if section.task == "seq2seq":
-        return Seq2SeqTask(tokenizer, section)
+        return Seq2SeqTask(WholeEncoder(tokenizer), section)
     return SftTask(renderer, section)

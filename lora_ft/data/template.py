@@ -125,7 +125,7 @@ def load_template(tokenizer: PreTrainedTokenizerBase, section: DataSection, tool
 def read_template(path: Path) -> str:
     """The text of a Jinja file."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         rule = f"The file cannot be read: {error}."
         raise UserError("data.chat_template", path, rule, "Name a Jinja file.") from None

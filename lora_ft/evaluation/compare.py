@@ -9,6 +9,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy as np
 from lora_ft.data.collate import Collator
 from lora_ft.data.example import Example
 from lora_ft.data.render import Renderer
+from lora_ft.data.store import chunked
 from lora_ft.evaluation.bootstrap import Estimate, Finish, estimate_pair, ratio
 from lora_ft.evaluation.metrics import find_metric
 from lora_ft.sections import DataSection, EvaluationSection
@@ -56,7 +58,7 @@ class Prediction:
     prompt: str
     """What both models saw, special tokens and all."""
     reference: str
-    """The answer in the data."""
+    """The answer in the data, as the model was taught to say it; special tokens removed."""
     base: str
     """The base's answer."""
     tuned: str
@@ -72,7 +74,7 @@ class Comparison:
     num_supervised_tokens: int
     """Tokens that the first three are means over."""
     predictions: tuple[Prediction, ...] = ()
-    """The rows that were answered, in order."""
+    """The rows that were answered, in order; none where no row asks anything."""
     general: Figure | None = None
     """Loss on text that has nothing to do with the task: what was forgotten."""
 
@@ -151,17 +153,19 @@ def answer_rows(
     data: DataSection,
     section: EvaluationSection,
 ) -> Iterator[Prediction]:
-    """The first `section.generate` rows, answered by both models, a window of batches at a time."""
-    count = len(examples) if section.generate == "all" else min(section.generate, len(examples))
-    renderer, window = Renderer(tokenizer, data), section.batch_size * WINDOW_BATCHES
-    for start in range(0, count, window):
-        asked = [examples[index] for index in range(start, min(start + window, count))]
-        prompts = [renderer.render_prompt(example) for example in asked]
+    """The first `section.generate` rows that ask something, answered by both models, a window of batches at a time.
+
+    A reference is what the row teaches the model to say after the prompt, which may be more than the answer's text.
+    """
+    renderer, count = Renderer(tokenizer, data), None if section.generate == "all" else section.generate
+    asked = islice(filter(None, map(renderer.render_exchange, examples)), count)
+    for exchanges in chunked(asked, section.batch_size * WINDOW_BATCHES):
+        prompts, expected = map(list, zip(*exchanges, strict=True))
         answers = []
         for adapter_on in (False, True):
             with evaluating(model, adapter_on):
                 answers.append(generate_answers(model, tokenizer, prompts, renderer.stop_token_ids, section))
-        references = [example.reference for example in asked]
+        references = [text.strip() for text in tokenizer.batch_decode(expected, skip_special_tokens=True)]
         texts = tokenizer.batch_decode(prompts)
         yield from (Prediction(*row) for row in zip(texts, references, *answers, strict=True))
 

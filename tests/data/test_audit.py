@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from lora_ft.data.audit import find_script
+from lora_ft.data.audit import LEAKS, find_script
 from lora_ft.data.audit_table import print_audit
 from lora_ft.data.prepare import check_data
+from lora_ft.data.split import SPLITS
 from lora_ft.sections import SplitSection
 from tests.data.bases import make_tokenizer
 
@@ -62,6 +63,25 @@ def test_leaks_between_files_are_found(write_rows):
     assert count(report, "held-out rows much like training rows") >= 4
     assert [check.verdict for check in report.checks][:2] == ["warning", "warning"]
     assert "test.jsonl:1" in printed(report)
+
+
+def test_a_conversation_that_goes_on_where_another_ends_is_on_its_side(write_rows):
+    turns = [
+        [{"role": "user", "content": f"{row['prompt']} {row['completion']}"}, {"role": "assistant", "content": "Yes."}]
+        for row in ROWS
+    ]
+    chats = [turn if n < 45 else [*turns[n - 45], *turn] for n, turn in enumerate(turns)]
+    rows = [{"messages": messages} for messages in chats]
+    section = write_rows(rows, split=SplitSection(0.2, 0.2))
+    splits, report = check_data(section, make_tokenizer("chatml"))
+    sides = [{example.messages[0]["content"] for example in splits.examples(name)} for name in SPLITS]
+    assert all(sides) and not (sides[0] & sides[1] or sides[0] & sides[2] or sides[1] & sides[2])
+    assert count(report, LEAKS[0]) == 0 and count(report, "copies of earlier rows") == 0
+    train, test = (
+        write_rows(part, f"{name}.jsonl", {"split": name}) for name, part in (("train", rows[45:]), ("test", rows[:9]))
+    )
+    report = check_data(replace(train, sources=train.sources + test.sources), make_tokenizer("chatml"))[1]
+    assert count(report, LEAKS[0]) == 9
 
 
 def test_copies_are_noted(write_rows):

@@ -1,6 +1,5 @@
 """Rows that are too long: what is kept, by each policy, and what it cost."""
 
-from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -10,6 +9,7 @@ from hypothesis import strategies as st
 from lora_ft.data.fitting import fit_document
 from lora_ft.data.formats import convert_row
 from lora_ft.data.render import IGNORE_INDEX, Renderer
+from lora_ft.errors import Fault
 from lora_ft.sections import DataSection
 from tests.data.bases import make_tokenizer
 
@@ -94,6 +94,8 @@ def test_a_text_that_is_split_loses_no_token(words, limit):
     assert sum(part.num_supervised_tokens for part in parts) == document.num_supervised_tokens
 
 
-def test_conversations_are_not_split():
-    _, document, fitted = fit(QA, max_length=20, truncation="split")
-    assert fitted.documents == (replace(document, input_ids=document.input_ids[:20], labels=document.labels[:20]),)
+@pytest.mark.parametrize("row", [QA, {"prompt": "Hello you " * 20, "completion": "yes"}])
+def test_rows_that_ask_something_are_not_split_and_say_so(row):
+    _, document, fault = fit(row, max_length=20, truncation="split")
+    assert isinstance(fault, Fault) and fault.value == f"{len(document.input_ids)} tokens" and "split" in fault.rule
+    assert fit(row, max_length=1000, truncation="split")[2].documents

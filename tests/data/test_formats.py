@@ -162,3 +162,10 @@ def test_examples_survive_their_json():
 
 def test_every_format_is_described():
     assert all(form.required and form.convert.__doc__ for form in FORMATS.values())
+
+
+@pytest.mark.parametrize("calls", [5, True, "true", {"name": "f"}, 0])
+def test_tool_calls_that_are_no_list_are_named(calls):
+    rows = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "tool_calls": calls}]
+    fault = convert_row({"messages": rows}, "rows:1", "auto", True)
+    assert isinstance(fault, Fault) and fault.place == "rows:1  messages[1].tool_calls" and "a list" in fault.rule

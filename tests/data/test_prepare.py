@@ -207,6 +207,11 @@ def test_nothing_left_to_learn_is_refused(write_rows, rows, options, reason):
         build_splits(write_rows(rows, **options), make_tokenizer("llama3"))
 
 
+def test_there_is_nothing_to_balance_without_labels(write_rows):
+    with pytest.raises(UserError, match=r"data\.balance.*\n.*No row has a label"):
+        build_splits(write_rows(ROWS, balance=True), make_tokenizer("llama3"))
+
+
 def test_a_file_of_blank_lines_holds_no_row(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n\n\n")
     with pytest.raises(UserError, match="no row"):
@@ -236,6 +241,14 @@ def test_strict_refuses_answers_that_are_cut_and_leaks(write_rows):
         ({"task": "classification", "truncation": "split"}, "data.truncation"),
         ({"task": "seq2seq", "train_on": "all"}, "data.train_on"),
         ({"max_target_length": 5}, "data.max_target_length"),
+        ({"task": "seq2seq", "max_target_length": 0}, "data.max_target_length"),
+        ({"split": SplitSection(seed=-1)}, "data.split.seed"),
+        ({"split": SplitSection(validation=float("nan"))}, "data.split"),
+        ({"sources": (SourceSection("x", weight=float("nan")),)}, r"data.sources\[0\].weight"),
+        ({"sources": (SourceSection("x", weight=float("inf")),)}, r"data.sources\[0\].weight"),
+        ({"sources": (SourceSection("x", weight=3, split="test"),)}, r"data.sources\[0\].weight"),
+        ({"sources": (SourceSection("x", columns={"inptu": "x"}),)}, r"data.sources\[0\].columns: inptu"),
+        ({"sources": (SourceSection("x", format="qa", columns={"input": "x"}),)}, r"data.sources\[0\].columns: input"),
         ({"task": "classification", "sources": (SourceSection("x", format="qa"),)}, r"data.sources\[0\].format"),
     ],
 )

@@ -78,3 +78,8 @@ def test_an_answer_follows_what_the_encoder_reads(write_rows):
 
 def test_few_rows_are_shown_as_they_are(write_rows):
     assert len(preview_rows(write_rows(ROWS[:1]), make_tokenizer("gemma"), 9)) == 1
+
+
+def test_settings_are_checked_before_rows_are_shown(write_rows):
+    with pytest.raises(UserError, match=r"data\.sources\[0\]\.format: alpca"):
+        preview_rows(write_rows(ROWS, source={"format": "alpca"}), make_tokenizer("gemma"))

@@ -22,8 +22,8 @@ WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"t
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Paris"}}}
 
 
-def user(content):
-    return {"role": "user", "content": content}
+def user(content, **rest):
+    return {"role": "user", "content": content, **rest}
 
 
 def assistant(content, **rest):
@@ -309,6 +309,66 @@ def test_thinking_beside_the_content_is_learned_too_and_an_empty_part_is_said_by
     ]
 
 
+@pytest.mark.parametrize("train_on", ["assistant", "last", "all"])
+@pytest.mark.parametrize("name", [*MAIN, "qwen3"])
+def test_what_should_follow_the_prompt_is_what_is_learned_and_not_the_content_alone(name, train_on):
+    tokenizer = make_tokenizer(name)
+    messages = [user("Hi"), assistant("Hello you"), user("More?"), assistant("No."), user("Thanks")]
+    messages = messages[2:] if name == "qwen3" else messages
+    example, section = convert({"messages": messages}), replace(SECTION, train_on=train_on)
+    document, exchange = (
+        render_example(example, tokenizer, section),
+        Renderer(tokenizer, section).render_exchange(example),
+    )
+    assert exchange.prompt_ids == render_prompt(example, tokenizer, section)
+    both = [*exchange.prompt_ids, *exchange.answer_ids]
+    assert document.input_ids[: len(both)] == both and document.labels[len(both) - 1] == both[-1]
+    said = supervised(tokenizer, render_example(example, tokenizer, LAST))[-1]
+    assert tokenizer.decode(exchange.answer_ids) == said and said.endswith("No." + TERMINATOR[name])
+
+
+@pytest.mark.parametrize("name", [None, "mistral", "chatml"])
+def test_rows_without_a_question_or_without_an_answer_to_learn_hold_no_exchange(name):
+    renderer = Renderer(make_tokenizer(name, family=name or "llama3"), SECTION)
+    rows = [{"text": "Hello you"}, {"prompt": "", "completion": "Hello you"}]
+    rows += [{"messages": [user("Hi"), assistant("No.", train=False)]}] if name else []
+    assert [renderer.render_exchange(convert(row)) for row in rows] == [None] * len(rows)
+    alone = convert({"prompt": "Hi ", "completion": "yes"})
+    assert renderer.render_exchange(alone).answer_ids[-1] == renderer.stop_token_ids[-1]
+
+
+def test_a_prompt_of_nothing_but_bos_asks_nothing():
+    tokenizer = make_tokenizer("mistral")
+    example = convert({"prompt": "<s>", "completion": "Hello you"})
+    assert render_prompt(example, tokenizer, SECTION) == [tokenizer.bos_token_id]
+    assert Renderer(tokenizer, SECTION).render_exchange(example) is None
+
+
+@pytest.mark.parametrize("flag", [{"train": False}, {"weight": 0}])
+@pytest.mark.parametrize("name", MAIN)
+def test_a_muted_question_is_left_out_of_what_is_learned(name, flag):
+    tokenizer, everything = make_tokenizer(name), replace(SECTION, train_on="all")
+    system = {"role": "system", "content": "system", **flag}
+    messages = [system, user("user"), assistant("Hello you"), user(" More? ", **flag), assistant("No.")]
+    example = convert({"messages": messages})
+    document = render_example(example, tokenizer, everything)
+    assert tokenizer.decode(document.input_ids) == tokenizer.decode(stock(tokenizer, example.messages))
+    said = "".join(supervised(tokenizer, document))
+    assert "More?" not in said and "user" in said and "Hello you" in said and "No." in said
+    whole = tokenizer.decode(document.input_ids)
+    assert said.count("system") == whole.count("system") - 1
+    prompt = render_prompt(example, tokenizer, everything)
+    assert document.input_ids[: len(prompt)] == prompt
+    assert render_example(example, tokenizer, SECTION).num_supervised_tokens
+
+
+def test_a_muted_message_that_the_template_rewrites_is_refused():
+    tokenizer = mend("chatml", "message.content", "(message.content | upper)")
+    example = convert({"messages": [user("Hi", train=False), assistant("NO")]})
+    with pytest.raises(UserError, match=r"(?s)messages\[0\]\.content.*cannot be left out"):
+        render_example(example, tokenizer, replace(SECTION, train_on="all"))
+
+
 def test_template_variables_move_the_border():
     tokenizer = make_tokenizer("qwen3")
     section = replace(SECTION, template_kwargs={"enable_thinking": False})
@@ -330,6 +390,14 @@ def test_the_template_of_the_recipe_wins(tmp_path):
     assert document.num_supervised_tokens
     with pytest.raises(UserError, match="cannot be read"):
         render_example(convert(ROWS["alpaca"][0]), tokenizer, replace(SECTION, chat_template=str(tmp_path / "none")))
+
+
+def test_the_byte_order_mark_of_a_template_is_no_text(tmp_path):
+    path = tmp_path / "mine.jinja"
+    path.write_text(read_template("chatml"), encoding="utf-8-sig")
+    example, tokenizer = convert(ROWS["alpaca"][0]), make_tokenizer("chatml")
+    document = render_example(example, tokenizer, replace(SECTION, chat_template=str(path)))
+    assert document == render_example(example, tokenizer, SECTION)
 
 
 def test_a_template_of_its_own_for_tools():

@@ -1,6 +1,7 @@
 """Paths of every kind lead to rows, or to a message."""
 
 import json
+import os
 from pathlib import Path
 
 import datasets
@@ -74,9 +75,49 @@ def test_columns_are_mapped_and_the_rest_stays():
     assert read(source)[0].fields == {"answer": "2", "question": "1", "id": "3"}
 
 
-def test_columns_can_be_swapped_and_a_missing_one_is_missing():
-    source = Source(SourceSection("rows", columns={"a": "b", "b": "a", "c": "none"}), rows=[{"a": 1, "b": 2}])
-    assert read(source)[0].fields == {"a": 2, "b": 1}
+def test_columns_can_be_swapped_and_one_may_come_late():
+    columns = {"prompt": "completion", "completion": "prompt", "tools": "late"}
+    source = Source(SourceSection("rows", columns=columns), rows=[ROW, {**ROW, "late": "[]"}])
+    swapped = {"prompt": "b", "completion": "a"}
+    assert [row.fields for row in read(source)] == [swapped, {**swapped, "tools": "[]"}]
+
+
+def test_a_column_that_no_row_has_is_refused_by_name(folder):
+    columns = {"question": "prompt", "answer": "completion", "context": "contxt"}
+    with pytest.raises(UserError) as error:
+        read(find_source(SourceSection(str(folder), columns=columns)))
+    assert len(error.value.faults) == 1 and error.value.faults[0].value == "context: contxt"
+    assert "there are prompt, completion" in error.value.faults[0].rule
+
+
+@pytest.mark.parametrize("options", [{"hub_split": "test"}, {"name": "small"}])
+def test_settings_of_a_hub_data_set_are_refused_for_a_file(folder, options):
+    with pytest.raises(UserError, match=rf"data.sources\[\].{next(iter(options))}.*\n.*is a file here"):
+        find_source(SourceSection(str(folder), **options))
+
+
+def test_a_glob_below_a_folder_whose_name_looks_like_one(folder):
+    odd = folder / "pr[1]"
+    odd.mkdir()
+    (odd / "d.jsonl").write_text(json.dumps(ROW) + "\n")
+    assert prompts(find_source(SourceSection(str(odd / "*.jsonl")))) == ["a"]
+    assert prompts(find_source(SourceSection("pr[1]/*.jsonl"), folder)) == ["a"]
+
+
+def test_hidden_files_and_folders_are_left_alone(folder):
+    for name in (".ipynb_checkpoints/a-checkpoint.jsonl", "deep/.c.jsonl"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(ROW) + "\n")
+    assert prompts(find_source(SourceSection(str(folder)))) == ["a.jsonl", "b.jsonl", "deep/c.jsonl"]
+    assert prompts(find_source(SourceSection(str(folder / ".ipynb_checkpoints")))) == ["a"]
+
+
+def test_a_file_name_that_is_no_text_is_refused(tmp_path):
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/d\xf6n.jsonl")
+    Path(path).write_text(json.dumps(ROW) + "\n")
+    for source in (path, str(tmp_path)):
+        with pytest.raises(UserError, match=r"(?s)d\\udcf6n.*not UTF-8"):
+            find_source(SourceSection(source))
 
 
 def test_a_data_set_of_the_hub(monkeypatch):

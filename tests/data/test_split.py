@@ -22,11 +22,13 @@ from lora_ft.sections import SplitSection
 ONE = np.ones(1)
 
 
-def make_index(questions, texts=None, labels=None, sources=None, splits=None) -> RowIndex:
+def make_index(questions, texts=None, labels=None, sources=None, splits=None, exchanges=None) -> RowIndex:
     count = len(questions)
+    texts = range(count) if texts is None else texts
     return RowIndex(
         np.array(questions, dtype=np.uint64),
-        np.array(range(count) if texts is None else texts, dtype=np.uint64),
+        np.array(texts if exchanges is None else exchanges, dtype=np.uint64),
+        np.array(texts, dtype=np.uint64),
         np.array([-1] * count if labels is None else labels, dtype=np.int32),
         np.array([0] * count if sources is None else sources, dtype=np.int32),
         np.array([OPEN] * count if splits is None else splits, dtype=np.int8),
@@ -103,6 +105,12 @@ def test_a_common_question_is_an_instruction_and_its_rows_go_by_their_text():
     index = make_index([7] * 100, texts=range(100))
     dealt = deal_rows(index, ONE, SplitSection(0.1, 0.1), False)
     assert np.bincount(dealt).tolist() == [80, 10, 10]
+
+
+def test_rows_with_a_common_question_stay_together_by_their_first_answer_unless_that_is_common_too():
+    questions, exchanges = [7] * 100 + [8] * 100, [*range(1000, 1050)] * 2 + [9] * 100
+    groups = group_rows(make_index(questions, range(2000, 2200), exchanges=exchanges))
+    assert groups.tolist() == [*exchanges[:100], *range(2100, 2200)]
 
 
 def test_weights_below_one_leave_rows_out():

@@ -1,14 +1,18 @@
 """Rows for a classifier and for an encoder with a decoder; those of running text are tested in `test_render`."""
 
+import sys
 from dataclasses import replace
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from lora_ft.data.formats import convert_row
 from lora_ft.data.prepare import build_splits
+from lora_ft.data.tasks import build_task
+from lora_ft.data.tokens import map_ahead
 from lora_ft.errors import UserError
-from lora_ft.sections import SplitSection
+from lora_ft.sections import DataSection, SplitSection
 from tests.data.bases import make_tokenizer
 
 ALL_TRAIN = SplitSection(0, 0)
@@ -104,3 +108,38 @@ def test_conversations_are_not_for_an_encoder(write_rows):
     rows = [{"messages": [{"role": "user", "content": "is it"}, {"role": "assistant", "content": "yes"}]}]
     with pytest.raises(UserError, match="An encoder reads one question"):
         build_splits(write_rows(rows, task="seq2seq", split=ALL_TRAIN), make_encoder_tokenizer())
+
+
+@pytest.mark.parametrize("truncation", ["keep_start", "keep_end"])
+def test_a_text_is_cut_between_its_special_tokens_as_the_tokenizer_cuts(truncation):
+    tokenizer = make_encoder_tokenizer()
+    tokenizer.truncation_side = "right" if truncation == "keep_start" else "left"
+    section = DataSection(sources=(), task="classification", max_length=4, truncation=truncation)
+    task = build_task(section, tokenizer, None, {"a": 0})
+    (fitted,) = task.fit([convert_row({"text": "it is dry yes wet mild", "label": "a"}, "rows:1", "auto", False)])
+    expected = tokenizer("it is dry yes wet mild", truncation=True, max_length=4)["input_ids"]
+    assert fitted.documents[0].input_ids == expected and fitted.is_truncated
+
+
+@pytest.mark.parametrize("task", ["classification", "seq2seq"])
+def test_chunks_tokenised_at_once_do_not_cut_each_others_rows(task):
+    """A tokenizer has one setting for truncation, which all threads see."""
+    tokenizer = make_encoder_tokenizer()
+    texts = ["it is dry " * (2 + 20 * (n % 2)) + "yes" for n in range(2000)]
+    rows = [
+        {"text": text, "label": "a"} if task == "classification" else {"prompt": text, "completion": "it is " * 10}
+        for text in texts
+    ]
+    chunks = [[convert_row(row, "rows:1", "auto", False) for row in rows[i : i + 20]] for i in range(0, 2000, 20)]
+    section = DataSection(sources=(), task=task, max_length=8, max_target_length=60)
+    fit = build_task(section, tokenizer, None, {"a": 0}).fit
+    alone = [fit(chunk) for chunk in chunks]
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        assert list(map_ahead(fit, chunks)) == alone
+    finally:
+        sys.setswitchinterval(before)
+    assert {len(fitted.documents[0].input_ids) for chunk in alone for fitted in chunk} == {8}
+    if task == "seq2seq":
+        assert {len(fitted.documents[0].labels) for chunk in alone for fitted in chunk} == {21}

@@ -1,5 +1,6 @@
 """Base against tuned: figures that do not depend on the batch size, and answers in the order of the questions."""
 
+import json
 import math
 import subprocess
 import sys
@@ -27,8 +28,6 @@ def tuned(tiny_base):
 
 @pytest.fixture
 def test_split(tuned, chat_rows, tmp_path):
-    import json
-
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in chat_rows))
     source = SourceSection(path=str(path), split="test")
@@ -150,6 +149,59 @@ def test_number_of_answers(tuned, test_split):
         compared = compare_models(model, tokenizer, rows, examples, data, section)
         assert len(compared.predictions) == written
         assert ("exact_match" in compared.figures) == bool(written)
+
+
+@pytest.mark.parametrize("variables", [{}, {"enable_thinking": False}])
+def test_a_perfect_answer_is_an_exact_match_whatever_the_template_puts_around_it(
+    tuned, tmp_path, monkeypatch, variables
+):
+    """Qwen3's answers begin with an empty thinking part, which the model was taught to write."""
+    model, tokenizer = tuned
+    template = Path(__file__).parents[1] / "data" / "templates" / "qwen3.jinja"
+    rows = [
+        {"messages": [{"role": "user", "content": f"how many {n}"}, {"role": "assistant", "content": f"blinks {n}"}]}
+        for n in "abc"
+    ]
+    rows.append({"text": "the battery is full"})
+    data, splits = prepare_test(rows, tokenizer, tmp_path, chat_template=str(template), template_kwargs=variables)
+    taught = splits.test["input_ids"][:]
+
+    def parrot(input_ids, attention_mask, **_):
+        prompts = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
+        wholes = [next(row for row in taught if row[: len(prompt)] == prompt) for prompt in prompts]
+        said = [whole[len(prompt) : -1] for prompt, whole in zip(prompts, wholes, strict=True)]  # a line break is last
+        longest = max(map(len, said))
+        padded = [ids + [tokenizer.pad_token_id] * (longest - len(ids)) for ids in said]
+        return torch.cat([input_ids, torch.tensor(padded)], dim=1)
+
+    monkeypatch.setattr(model, "generate", parrot)
+    section = EvaluationSection(generate="all", metrics=("exact_match", "f1"))
+    compared = compare_models(model, tokenizer, splits.test, splits.examples("test"), data, section)
+    assert [compared.figures[name].tuned.value for name in section.metrics] == [1, 1]
+    assert [row.reference.startswith("<think>") for row in compared.predictions] == [not variables] * 3
+
+
+def prepare_test(rows, tokenizer, folder, **options):
+    """The section, and splits with all rows in train and test."""
+    sources = []
+    for kind in ("messages", "prompt", "text"):  # a file's first row tells the format of all
+        path = folder / f"{kind}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows if kind in row))
+        sources += [SourceSection(str(path), split=split) for split in ("train", "test") if path.stat().st_size]
+    data = DataSection(tuple(sources), max_length=96, cache_dir=str(folder / "cache"), **options)
+    return data, build_splits(data, tokenizer)
+
+
+def test_rows_that_ask_nothing_are_measured_and_not_answered(tuned, tmp_path):
+    """The tokenizer puts no BOS before a text, so that a prompt would have no token at all."""
+    model, tokenizer = tuned
+    rows = [{"text": f"the battery is {n}"} for n in "abc"]
+    section = EvaluationSection(generate=2, max_new_tokens=2)
+    for more, num_answered in (([], 0), ([{"prompt": "how many?", "completion": "two"}], 1)):
+        data, splits = prepare_test([*rows, *more], tokenizer, tmp_path)
+        compared = compare_models(model, tokenizer, splits.test, splits.examples("test"), data, section)
+        assert len(compared.predictions) == num_answered and ("exact_match" in compared.figures) == bool(num_answered)
+        assert compared.figures["loss"].num_rows == 3 + num_answered
 
 
 def test_model_is_left_as_it_was(tuned, test_split):
