@@ -10,7 +10,9 @@ from typing import Any
 from lora_ft.errors import UserError
 
 
-def chat(folder: Path, *, with_base: bool, max_new_tokens: int, quiet: bool = False) -> list[dict[str, str]]:
+def chat(
+    folder: Path, *, with_base: bool, max_new_tokens: int, trust_remote_code: bool = False, quiet: bool = False
+) -> list[dict[str, str]]:
     """Reads lines from stdin and answers each, as it is written unless `quiet`; returns what was said, turn by turn.
 
     `/new` forgets what was said, `/quit` or the end of input leaves.
@@ -18,7 +20,7 @@ def chat(folder: Path, *, with_base: bool, max_new_tokens: int, quiet: bool = Fa
     Raises:
         UserError: `folder` is no run, adapter or merged model, or its tokenizer has no chat template.
     """
-    model, tokenizer, has_adapter = _load(folder)
+    model, tokenizer, has_adapter = _load(folder, trust_remote_code)
     if tokenizer.chat_template is None:
         rule = "Its tokenizer has no chat template, so there is no way to put a question."
         raise UserError(str(folder), None, rule, "Train with data.chat_template.")
@@ -42,38 +44,50 @@ def chat(folder: Path, *, with_base: bool, max_new_tokens: int, quiet: bool = Fa
     return said
 
 
-def _load(folder: Path) -> tuple[Any, Any, bool]:
+def _load(folder: Path, trust_remote_code: bool) -> tuple[Any, Any, bool]:
     """Model and tokenizer, and whether the model carries an adapter."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     from lora_ft.export.adapter import open_adapter
     from lora_ft.export.base import base_of_adapter
+    from lora_ft.export.companions import GENERATION_NAME
     from lora_ft.export.reload import load_tuned
     from lora_ft.model.machine import probe_machine
 
     adapter = folder / "adapter" if (folder / "adapter").is_dir() else folder
     if (adapter / "adapter_config.json").is_file():
-        opened = open_adapter(adapter)
+        opened = open_adapter(adapter, trust_remote_code)
         if opened.config.task_type not in (None, "CAUSAL_LM"):
             rule = "It was trained for another task than to go on with a conversation."
             raise UserError(str(adapter), opened.config.task_type, rule, "Use transformers.pipeline on merged/.")
         if opened.manifest is None:
             raise UserError(str(adapter), None, "Another tool saved this adapter.", "Merge it first: lora-ft merge")
         model = load_tuned(opened, base_of_adapter(opened), opened.manifest.arithmetic)
-        return model, AutoTokenizer.from_pretrained(adapter), True
+        if (adapter / GENERATION_NAME).is_file():
+            model.get_base_model().generation_config = GenerationConfig.from_pretrained(adapter)  # stops as in training
+        return model, AutoTokenizer.from_pretrained(adapter, trust_remote_code=trust_remote_code), True
     if not (folder / "config.json").is_file():
         raise UserError(str(folder), None, "This is no run, adapter or merged model.", "Name one of these.")
-    model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": probe_machine().device})
-    return model.eval(), AutoTokenizer.from_pretrained(folder), False
+    trust = {"trust_remote_code": trust_remote_code}
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": probe_machine().device}, **trust)
+    return model.eval(), AutoTokenizer.from_pretrained(folder, **trust), False
 
 
 def _read_lines(quiet: bool) -> Iterator[str]:
-    """What the user says, line by line, until `/quit` or the end of input; empty lines are skipped."""
+    """What the user says, line by line, until `/quit` or the end of input; empty lines are skipped.
+
+    Raises:
+        UserError: a line is not UTF-8.
+    """
     while True:
         try:
             line = input("" if quiet else "\nyou    ").strip()
+            line.encode()  # or undecodable bytes would pass, where Python lets them through (PYTHONUTF8)
         except EOFError:
             return
+        except UnicodeError as error:
+            rule = f"What is said must be UTF-8 ({error})."
+            raise UserError("stdin", None, rule, "Convert it: iconv -f latin1 -t utf-8, say.") from None
         if line == "/quit":
             return
         if line:

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import shutil
 import sys
@@ -94,11 +95,11 @@ def build_parser() -> argparse.ArgumentParser:
     plan = add("plan", plan_command, "say how much memory a training step takes, from the base's config alone")
     add_recipe(plan)
     plan.add_argument("--device", help="memory of a GPU to plan for ('24 GiB'); this machine's if left out")
-    plan.add_argument("--gpus", type=int, help="how many of them share a step")
+    plan.add_argument("--gpus", type=_count, help="how many of them share a step")
     plan.add_argument("--config-file", type=Path, help="accelerate config to plan for, with its ZeRO or FSDP sharding")
     preview = add("preview", preview_command, "show rows as the model sees them, with what is learned in colour")
     add_recipe(preview)
-    preview.add_argument("-n", "--rows", type=int, default=3, help="how many rows")
+    preview.add_argument("-n", "--rows", type=_count, default=3, help="how many rows")
     preview.add_argument("--ids", action="store_true", help="token ids beside the tokens")
     preview.add_argument("--html", type=Path, help="write a page to this file instead")
     add_recipe(add("prepare", prepare_command, "tokenise a recipe's data into the cache that train reads"))
@@ -111,7 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
     sweep = add("sweep", sweep_command, "try a recipe's settings by validation loss, and write out the best recipe")
     add_recipe(sweep)
     sweep.add_argument("--space", type=Path, required=True, help="YAML file: key: [values] or {low:, high:, log:}")
-    sweep.add_argument("--trials", type=int, required=True, help="trials in all, those of earlier starts included")
+    sweep.add_argument("--trials", type=_count, required=True, help="trials in all, those of earlier starts included")
     sweep.add_argument("--out", type=Path, help="folder of the sweep; the recipe's output_dir with -sweep if left out")
     merge = add("merge", merge_command, "merge an adapter into its base, and prove that nothing changed")
     merge.add_argument(
@@ -136,12 +137,21 @@ def build_parser() -> argparse.ArgumentParser:
     chat = add("chat", chat_command, "talk to a tuned model in the terminal")
     chat.add_argument("folder", type=Path, help="run, adapter or merged model")
     chat.add_argument("--base", action="store_true", help="let the base answer beside it")
-    chat.add_argument("--max-new-tokens", type=int, default=256, help="longest answer in tokens")
+    chat.add_argument("--max-new-tokens", type=_count, default=256, help="longest answer in tokens")
+    for command in (merge, verify, push, chat):
+        command.add_argument("--trust-remote-code", action="store_true", help="let Python code beside the model run")
     cache = add("cache", cache_command, "show quantised bases that are kept for the next start, or clear them")
     cache.add_argument("--clear", action="store_true", help="remove them")
     recipes = add("recipes", recipes_command, "list the embedded recipes, or copy one here")
     recipes.add_argument("name", nargs="?", help="recipe to copy into this folder")
     return parser
+
+
+def _count(word: str) -> int:
+    """A number of things, of which there is one at least."""
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"{word}: a whole number of 1 or more is wanted")
+    return int(word)
 
 
 def train_command(options: argparse.Namespace) -> None:
@@ -322,6 +332,7 @@ def merge_command(options: argparse.Namespace) -> None:
             dtype=options.dtype,
             onto=options.onto,
             prove=not options.no_proof,
+            trust_remote_code=options.trust_remote_code,
         )
     if options.json:
         options.emit(report.to_json())
@@ -335,12 +346,17 @@ def merge_command(options: argparse.Namespace) -> None:
 
 
 def _read_weight(word: str) -> tuple[Path, float]:
-    """`FOLDER=0.5` as a folder and its weight; 1 without one."""
-    folder, _, weight = word.rpartition("=") if "=" in word else (word, "", "1")
+    """`FOLDER=0.5` as a folder and its weight; 1 without one, and where a folder has that whole name."""
+    folder, equals, weight = word.rpartition("=")
+    if not equals or Path(word).is_dir():
+        return Path(word), 1.0
     try:
-        return Path(folder), float(weight)
+        number = float(weight)
     except ValueError:
-        raise UserError("command line", word, "A weight is a number.", "Write ADAPTER=0.5, say.") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError("command line", word, "A weight is a number.", "Write ADAPTER=0.5, say.")
+    return Path(folder), number
 
 
 def verify_command(options: argparse.Namespace) -> int:
@@ -348,12 +364,14 @@ def verify_command(options: argparse.Namespace) -> int:
     from lora_ft.export.verify import verify_folder
 
     with contextlib.nullcontext() if options.quick else process_ahead():
-        report = verify_folder(options.folder, quick=options.quick, base=options.base)
+        trusted = options.trust_remote_code
+        report = verify_folder(options.folder, quick=options.quick, base=options.base, trust_remote_code=trusted)
     if options.json:
         options.emit(report.to_json())
     else:
         for finding in report.findings:
-            print(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.name}: {finding.detail}")
+            mark = "FAIL" if not finding.ok else "ok  " if finding.is_checked else "?   "
+            print(f"{mark}  {finding.name}: {finding.detail}")
     return 0 if report.ok else 1
 
 
@@ -367,6 +385,7 @@ def push_command(options: argparse.Namespace) -> None:
         public=options.public,
         base_id=options.base_id,
         license=options.license,
+        trust_remote_code=options.trust_remote_code,
     )
     if options.json:
         options.emit(dataclasses.asdict(report))
@@ -390,7 +409,13 @@ def cache_command(options: argparse.Namespace) -> None:
 def chat_command(options: argparse.Namespace) -> None:
     from lora_ft.chat import chat
 
-    said = chat(options.folder, with_base=options.base, max_new_tokens=options.max_new_tokens, quiet=options.json)
+    said = chat(
+        options.folder,
+        with_base=options.base,
+        max_new_tokens=options.max_new_tokens,
+        trust_remote_code=options.trust_remote_code,
+        quiet=options.json,
+    )
     if options.json:
         options.emit({"turns": said})
 

@@ -59,6 +59,21 @@ def identify_base(name: str, folder: Path, revision: str | None = None) -> BaseI
     return BaseIdentity(name, folder, revision, fingerprint_base(folder))
 
 
+def read_json(path: Path, fix: str = "Copy it again from where it was made.") -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        UserError: the file holds none.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(str(path), None, f"This is not JSON ({error}).", fix) from None
+    if not isinstance(value, dict):
+        raise UserError(str(path), type(value).__name__, "This file holds a JSON object.", fix)
+    return value
+
+
 def hash_file(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     digest = hashlib.sha256()
@@ -116,13 +131,13 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]
     with open(path, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         try:
-            header = json.loads(stream.read(length)) if 8 + length <= size else None
-        except ValueError:
-            header = None
-    if not isinstance(header, dict):
-        raise UserError(str(path), None, "This is not a safetensors file, or it is cut short.", "Fetch it again.")
-    header.pop("__metadata__", None)
-    data_bytes = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+            header = dict(json.loads(stream.read(length) if 8 + length <= size else b""))
+            header.pop("__metadata__", None)
+            entries = [(tensor["dtype"], tensor["shape"], tensor["data_offsets"][1]) for tensor in header.values()]
+            data_bytes = max((end for _, _, end in entries), default=0)
+        except (ValueError, TypeError, KeyError, IndexError):
+            rule = "This is not a safetensors file, or it is cut short."
+            raise UserError(str(path), None, rule, "Fetch it again.") from None
     if 8 + length + data_bytes > size:
         declared = f"{8 + length + data_bytes} bytes declared, {size} there"
         raise UserError(str(path), declared, "The file is cut short.", "Fetch it again.")
@@ -130,16 +145,13 @@ def read_safetensors_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]
 
 
 def list_weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that stock `from_pretrained` reads from `folder`: those of the index, or the single one.
+    """The safetensors files that stock `from_pretrained` reads from `folder`: the single one, or those of the index.
 
     Raises:
         UserError: there are none, or one that the index names is missing, or not beside it.
     """
-    if (folder / INDEX_NAME).is_file():
-        index = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
-        names = sorted(set(index["weight_map"].values()))
-    else:
-        names = [WEIGHTS_NAME]
+    is_sharded = (folder / INDEX_NAME).is_file() and not (folder / WEIGHTS_NAME).is_file()
+    names = read_weight_map(folder / INDEX_NAME) if is_sharded else [WEIGHTS_NAME]
     strange = [name for name in names if Path(name).name != name]
     if strange:
         rule = "An index names files beside it; what is written under such a name would lie elsewhere."
@@ -149,6 +161,19 @@ def list_weight_files(folder: Path) -> list[Path]:
         rule = "A base is read from safetensors files; pickled weights could run code and are not opened."
         raise UserError(str(folder), f"{missing[0]} is missing", rule, "Download the safetensors files of this model.")
     return [folder / name for name in names]
+
+
+def read_weight_map(path: Path) -> list[str]:
+    """The files that an index names, in order.
+
+    Raises:
+        UserError: it names none.
+    """
+    weight_map = read_json(path).get("weight_map")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not names or not all(isinstance(name, str) for name in names):
+        raise UserError(str(path), None, "An index names a file for each weight.", "Fetch it again.")
+    return sorted(set(names))
 
 
 def fingerprint_base(folder: Path) -> str:
@@ -161,7 +186,7 @@ def fingerprint_base(folder: Path) -> str:
     Raises:
         UserError: `folder` holds no safetensors weights.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json")
     digest = hashlib.sha256(hash_json({k: v for k, v in config.items() if k not in VOLATILE_CONFIG_KEYS}).encode())
     with ExitStack() as stack:
         tensors: dict[str, tuple[BinaryIO, int, dict[str, Any]]] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +16,7 @@ from rich.text import Text
 from lora_ft.errors import UserError
 from lora_ft.evaluation.curves import Curves, read_log, trace_curves
 from lora_ft.evaluation.state import RunState, describe_state
+from lora_ft.fingerprint import read_json
 
 LOOK_EVERY_SECONDS = 1.0
 QUIET_SECONDS = 120
@@ -28,12 +28,14 @@ def read_state(run: Path, now: float) -> dict[str, Any]:
     """What is known of a run at `now`: the state of its manifest, its progress, and the verdict if there is one.
 
     Raises:
-        UserError: there is no run in the folder.
+        UserError: there is no run in the folder, or its manifest or log is damaged.
     """
     try:
-        manifest = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        manifest = read_json(run / "run.json")
     except FileNotFoundError:
         raise UserError(str(run), None, "There is no run in this folder.", "Name a run's folder.") from None
+    if "state" not in manifest:
+        raise UserError(str(run / "run.json"), None, "A run's manifest tells its state.", "Name a run's folder.")
     verdict = (manifest.get("evaluation") or {}).get("verdict") or {}
     progress = describe_state(read_log(run), now)
     return {"state": manifest["state"], **progress.to_json(), "verdict": verdict.get("name")}

@@ -1,12 +1,16 @@
 """The command line: exit codes, one message, one JSON document, and a quick start."""
 
+import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from lora_ft.cli import FIRST_RANK_SECONDS, main, parse_arguments
+from lora_ft.chat import _read_lines
+from lora_ft.cli import FIRST_RANK_SECONDS, _read_weight, main, parse_arguments
+from lora_ft.errors import UserError
 
 
 def run(*words, **options):
@@ -155,3 +159,38 @@ def test_a_reader_that_leaves_is_no_traceback(words):
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
     assert done.returncode in ((1, 2) if "check" in words else (0, 1))
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["plan", "r.yaml", "--gpus", "-2"],
+        ["plan", "r.yaml", "--gpus", "0"],
+        ["chat", "run", "--max-new-tokens", "0"],
+        ["preview", "r.yaml", "--rows", "-1"],
+        ["sweep", "r.yaml", "--space", "s.yaml", "--trials", "many"],
+    ],
+)
+def test_counts_are_of_one_at_least(words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    assert "a whole number of 1 or more" in capsys.readouterr().err
+
+
+def test_a_folder_with_an_equals_sign_in_its_name_is_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=2").mkdir()
+    assert _read_weight("lr=2") == (Path("lr=2"), 1.0)
+    assert _read_weight("lr=2=0.5") == (Path("lr=2"), 0.5)
+    assert _read_weight("adapter") == (Path("adapter"), 1.0)
+    for word in ("adapter=nan", "adapter=half"):
+        with pytest.raises(UserError, match="A weight is a number"):
+            _read_weight(word)
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_what_is_said_in_another_encoding_is_refused(monkeypatch, errors):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hello\ngr\xfc\xdf dich\n"), "utf-8", errors))
+    with pytest.raises(UserError, match="must be UTF-8"):
+        list(_read_lines(quiet=True))

@@ -125,3 +125,10 @@ def test_a_folder_that_fails_leaves_the_older_one(tmp_path):
         raise KeyboardInterrupt
     assert (tmp_path / "target" / "file").read_text() == "old"
     assert os.listdir(tmp_path) == ["target"]
+
+
+def test_the_single_file_counts_where_an_index_lies_beside_it(tmp_path):
+    """As in transformers: an index of an earlier save would lead to other weights than those that are read."""
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "old.safetensors"}}')
+    assert list_weight_files(tmp_path) == [tmp_path / "model.safetensors"]

@@ -123,3 +123,37 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path):
     (run / "recipe.yaml").write_text("output_dir: x\n")
     with pytest.raises(UserError, match="lora-ft evaluate"):
         compare_runs([run])
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("run.json", "{"),
+        ("run.json", "[]"),
+        ("run.json", "{}"),
+        ("log.jsonl", '{"step": 0, "time": 1}\n{"st\n'),
+        ("log.jsonl", "[]\n"),
+        ("log.jsonl", '{"loss": 1.0}\n'),
+    ],
+)
+def test_damaged_files_are_named(tmp_path, capsys, name, text):
+    run = write_evaluated(tmp_path / "run", 8, 1.5)
+    (run / name).write_text(text)
+    assert main(["watch", str(run), "--json"]) == 2
+    assert name in capsys.readouterr().err
+    if name == "run.json":
+        assert main(["compare", str(run)]) == 2
+        assert name in capsys.readouterr().err
+
+
+def test_a_note_tells_nothing_of_the_pace(tmp_path):
+    run = write_run(tmp_path / "run", [*LINES, {"step": 20, "note": "the loss jumped to 9.0"}])
+    state = read_state(run, now=1025.0)
+    assert (state["epoch"], state["seconds_since"]) == (2.0, 3.0)
+
+
+def test_a_line_that_is_being_written_is_left_for_later(tmp_path):
+    run = write_run(tmp_path / "run", LINES)
+    with open(run / "log.jsonl", "a", encoding="utf-8") as stream:
+        stream.write('{"step": 30, "ti')
+    assert read_state(run, now=1025.0)["step"] == 20

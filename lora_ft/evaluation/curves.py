@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lora_ft.errors import UserError
+
 TURNED_BY, TURNED_BY_NATS = 0.02, 0.005
 """Validation has turned where it ends this much above its lowest, as a share of it and in nats: less is noise."""
 LOG = "log.jsonl"
@@ -53,12 +55,28 @@ class Curves:
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log; one that is being written is left for later, and none where there is no log yet."""
+    """The lines of a run's log; one that is being written is left for later, and none where there is no log yet.
+
+    Raises:
+        UserError: a line is damaged.
+    """
     try:
-        text = (run / LOG).read_text(encoding="utf-8")
+        text = (run / LOG).read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    lines = text[: text.rfind("\n") + 1].split("\n")[:-1]
+    return [_read_line(line, f"{run / LOG}:{number}") for number, line in enumerate(lines, start=1)]
+
+
+def _read_line(text: str, place: str) -> dict[str, Any]:
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        line = None
+    if not isinstance(line, dict) or "step" not in line:
+        rule = "A line of the log is a JSON object with a step."
+        raise UserError(place, text[:60], rule, "Take the line out.")
+    return line
 
 
 def trace_curves(lines: Iterable[dict[str, Any]]) -> Curves:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_ft.evaluation.verdict import Evidence, judge_run
-from lora_ft.fingerprint import whole_folder
+from lora_ft.fingerprint import read_json, whole_folder
 
 REPORT, PREDICTIONS = "report.json", "predictions.jsonl"
 
@@ -29,6 +29,6 @@ def write_report(evidence: Evidence, run: Path, seconds: float) -> dict[str, Any
 def read_report(run: Path) -> dict[str, Any] | None:
     """What `report/report.json` says, or None before the run was evaluated."""
     try:
-        return json.loads((run / "report" / REPORT).read_text(encoding="utf-8"))
+        return read_json(run / "report" / REPORT, f"Run: lora-ft evaluate {run}")
     except FileNotFoundError:
         return None

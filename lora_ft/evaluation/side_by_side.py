@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import yaml
 
 from lora_ft.errors import UserError
 from lora_ft.evaluation.report import read_report
+from lora_ft.fingerprint import read_json
 
 UNREMARKABLE = ("output_dir", "export")
 """Parts of a recipe by which runs always differ."""
@@ -81,9 +81,13 @@ def keep_differences(recipes: Sequence[Mapping[str, Any]]) -> list[dict[str, Any
 
 def _read_json(folder: Path) -> dict[str, Any]:
     try:
-        return json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        manifest = read_json(folder / "run.json")
     except FileNotFoundError:
         raise UserError(str(folder), None, "There is no run in this folder.", "Name folders of runs.") from None
+    if "trainable_parameters" not in manifest:
+        rule = "A run's manifest counts the parameters that were trained."
+        raise UserError(str(folder / "run.json"), None, rule, "Name folders of runs.")
+    return manifest
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:

@@ -40,7 +40,8 @@ PACE_LINES = 20
 
 
 def describe_state(lines: Sequence[dict[str, Any]], now: float) -> RunState:
-    """The state that logged lines tell of, at `now` in seconds since 1970."""
+    """The state that logged lines tell of, at `now` in seconds since 1970; those without a time are notes."""
+    lines = [line for line in lines if "time" in line]
     if not lines:
         return RunState()
     last = lines[-1]

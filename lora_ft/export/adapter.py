@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_ft.errors import UserError
 from lora_ft.export.manifest import AdapterManifest, read_manifest
-from lora_ft.fingerprint import read_safetensors_header
+from lora_ft.fingerprint import read_json, read_safetensors_header
 from lora_ft.libraries import load_libraries
 
 if TYPE_CHECKING:
@@ -48,7 +47,7 @@ def open_adapter(folder: Path, trust_remote_code: bool = False) -> Adapter:
     """The LoRA adapter in `folder`.
 
     Raises:
-        UserError: `folder` holds no adapter, one of another method than LoRA, or pickled weights only.
+        UserError: `folder` holds no adapter, one of another method than LoRA, pickled weights only, or damaged files.
     """
     if not (folder / CONFIG_NAME).is_file():
         rule = f"An adapter folder holds {CONFIG_NAME} and {TENSORS_NAME}."
@@ -69,17 +68,18 @@ def open_adapter(folder: Path, trust_remote_code: bool = False) -> Adapter:
 
     from peft import PeftConfig
 
-    return Adapter(folder, PeftConfig.from_pretrained(str(folder)), shapes, read_manifest(folder), trust_remote_code)
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (TypeError, ValueError, AttributeError) as error:
+        rule = f"PEFT cannot read it ({error})."
+        raise UserError(str(folder / CONFIG_NAME), None, rule, "Copy the adapter again.") from error
+    return Adapter(folder, config, shapes, read_manifest(folder), trust_remote_code)
 
 
 def read_adapter_fields(folder: Path) -> dict[str, Any]:
     """adapter_config.json as it is written.
 
     Raises:
-        UserError: it is not JSON.
+        UserError: it is no JSON object.
     """
-    path = folder / CONFIG_NAME
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(str(path), None, f"This is not JSON ({error}).", "Copy the adapter again.") from error
+    return read_json(folder / CONFIG_NAME, "Copy the adapter again.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,10 +10,11 @@ from typing import Any
 
 import yaml
 
-from lora_ft.builtin import is_builtin
+from lora_ft.errors import UserError
 from lora_ft.export.manifest import AdapterManifest, read_manifest
 from lora_ft.export.merge_report import MergeReport, read_report
 from lora_ft.export.skeleton import TASK_CLASSES
+from lora_ft.fingerprint import read_json
 
 CAUSAL = "CAUSAL_LM"
 PIPELINE_TAGS = {
@@ -146,15 +147,19 @@ def proof_section(facts: CardFacts) -> list[str]:
 def loading_section(facts: CardFacts) -> list[str]:
     """How to use it, for each program."""
     cls = TASK_CLASSES[facts.task_type]
+    stops = facts.is_adapter and facts.task_type == CAUSAL and facts.tensors is not None
     lines = ["## How to load it", "", "```python"]
     if facts.is_adapter:
         pinned = f', revision="{facts.revision}"' if facts.revision else ""
-        lines += ["from peft import PeftModel", f"from transformers import {cls}, AutoTokenizer", ""]
+        classes = f"{cls}, AutoTokenizer" + (", GenerationConfig" if stops else "")
+        lines += ["from peft import PeftModel", f"from transformers import {classes}", ""]
         labels = f", num_labels={facts.num_labels}" if facts.num_labels else ""
         lines.append(f'model = {cls}.from_pretrained("{facts.base}"{pinned}{labels})')
         if facts.num_embeddings:
             lines.append(f"model.resize_token_embeddings({facts.num_embeddings})")
         lines.append(f'model = PeftModel.from_pretrained(model, "{facts.title}")')
+        if stops:  # on what ended answers in training, which the base need not know
+            lines.append(f'model.generation_config = GenerationConfig.from_pretrained("{facts.title}")')
     else:
         lines += [f"from transformers import {cls}, AutoTokenizer", ""]
         lines.append(f'model = {cls}.from_pretrained("{facts.title}", dtype="auto")')
@@ -234,12 +239,19 @@ def readable_base(name: str) -> str:
 
 
 def add_run(facts: CardFacts, run: Path) -> CardFacts:
-    """The facts with those of the run the model comes from, if `run` is one."""
+    """The facts with those of the run the model comes from, if `run` is one.
+
+    Raises:
+        UserError: its manifest or recipe is damaged.
+    """
     if not (run / "run.json").is_file() or not (run / "recipe.yaml").is_file():
         return facts
-    manifest = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
-    return replace(facts, run=manifest, recipe=public_recipe(recipe, facts.base))
+    try:
+        recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        rule = f"This is not YAML ({error})."
+        raise UserError(str(run / "recipe.yaml"), None, rule, "Copy it again from where it was made.") from None
+    return replace(facts, run=read_json(run / "run.json"), recipe=public_recipe(recipe, facts.base))
 
 
 def write_run_cards(run: Path) -> None:
@@ -255,13 +267,22 @@ def write_run_cards(run: Path) -> None:
 
 
 def public_recipe(recipe: Mapping[str, Any], base: str) -> dict[str, Any]:
-    """The recipe without ways on the trainer's machine: of data files only the name is left."""
+    """The recipe without ways on the trainer's machine: of a file or folder only the name is left."""
     shown = {key: value for key, value in recipe.items() if key not in HIDDEN_RECIPE_KEYS}
-    shown["model"] = {**shown.get("model", {}), "base": base}
-    data = dict(shown.get("data") or {})
+    data = {key: value for key, value in (shown.get("data") or {}).items() if key != "cache_dir"}
     data["sources"] = [{**source, "path": Path(source["path"]).name} for source in data.get("sources", [])]
-    evaluation = dict(shown.get("evaluation") or {})
-    evaluation["metrics"] = [name.rpartition("/")[2] for name in evaluation.get("metrics", [])]
-    if (general := evaluation.get("general")) and not is_builtin(general):
-        evaluation["general"] = Path(general).name
-    return {**shown, "data": data, "evaluation": evaluation}
+    return without_ways({**shown, "model": {**shown.get("model", {}), "base": base}, "data": data})
+
+
+def without_ways(value: Any) -> Any:
+    """`value` with the last part alone of every absolute path in it."""
+    if isinstance(value, Mapping):
+        return {key: without_ways(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_ways(item) for item in value]
+    return value.rstrip("/\\").replace("\\", "/").rpartition("/")[2] if is_way(value) else value
+
+
+def is_way(value: object) -> bool:
+    """Whether `value` is an absolute path of several parts, of any system; `/no_think`, say, is a word."""
+    return isinstance(value, str) and re.match(r"(/|~|[A-Za-z]:|\\\\).*[/\\]", value) is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_ft.errors import UserError
-from lora_ft.fingerprint import list_weight_files, read_safetensors_header
+from lora_ft.fingerprint import list_weight_files, read_json, read_safetensors_header
 
 if TYPE_CHECKING:
     import torch
@@ -107,7 +106,7 @@ def read_checkpoint(folder: Path) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for path in list_weight_files(folder):
         tensors |= stored_tensors(path)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json")
     quantization = config.get("quantization_config")
     if quantization is not None:
         if not quantization.get("load_in_4bit"):

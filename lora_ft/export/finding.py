@@ -23,6 +23,8 @@ class Finding:
     """Whether it holds."""
     detail: str
     """What was found."""
+    is_checked: bool = True
+    """Whether there was anything to hold it against; if not, `ok` says only that no fault is known."""
 
 
 @dataclass(frozen=True)

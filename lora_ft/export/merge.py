@@ -10,9 +10,10 @@ from pathlib import Path
 
 from lora_ft.errors import UserError
 from lora_ft.export.card import CAUSAL, merged_facts, render_card
+from lora_ft.export.companions import copy_companions
 from lora_ft.export.merge_plan import MergePlan
 from lora_ft.export.merge_report import REPORT_NAME, MergeReport, Onto, write_report
-from lora_ft.export.merged_folder import IDENTITY_NAME, copy_companions, open_draft, write_config, write_index
+from lora_ft.export.merged_folder import IDENTITY_NAME, open_draft, write_config, write_index
 from lora_ft.export.ollama import write_modelfile
 from lora_ft.export.prepare_merge import Merge, prepare_merge
 from lora_ft.export.proof import prove_merge, refuse_unequal
@@ -47,7 +48,7 @@ def merge_adapter(
         UserError: something of the adapter cannot be merged, or fits no tensor of the base.
         RunFailed: a merged value is not finite, or the merged model is not the one that was trained.
     """
-    started = time.monotonic()
+    started, out = time.monotonic(), out.resolve()  # `.` has no name beside which a draft could grow
     merge = prepare_merge(adapter, base, dtype, onto, trust_remote_code)
     refuse_place(out, merge.plan)
     with lock_merge(out):
@@ -55,7 +56,7 @@ def merge_adapter(
         tensors = write_merged(merge.plan.tensors, draft)
         write_index(merge.plan.tensors, draft)
         write_config(merge, draft)
-        copy_companions((merge.base.folder, merge.parts[0].adapter.folder), draft)
+        copy_companions(merge.base.folder, merge.parts[0].adapter.folder, draft)
         handoff = write_modelfile(draft) if merge.task_type in (None, CAUSAL) else None
         report = describe_merge(merge, draft, tensors, time.monotonic() - started)
         if prove:
@@ -108,6 +109,7 @@ def describe_merge(merge: Merge, draft: Path, tensors: dict[str, str], seconds: 
     """What was merged, before any proof."""
     plan = merge.plan
     others = {REPORT_NAME, "README.md", JOURNAL_NAME, IDENTITY_NAME} | {tensor.file for tensor in plan.tensors}
+    paths = {path.relative_to(draft).as_posix(): path for path in sorted(draft.rglob("*")) if path.is_file()}
     return MergeReport(
         base=merge.base.name,
         revision=merge.base.revision,
@@ -127,5 +129,5 @@ def describe_merge(merge: Merge, draft: Path, tensors: dict[str, str], seconds: 
         training_difference=None,
         samples=(),
         tensors=tensors,
-        files={path.name: hash_file(path) for path in sorted(draft.iterdir()) if path.name not in others},
+        files={name: hash_file(path) for name, path in paths.items() if name not in others},
     )

@@ -1,36 +1,18 @@
-"""Everything of a merged model but its weights: index, config, and what comes along from base and adapter."""
+"""What a merged model has of its own beside its weights: index and config."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from lora_ft.export.merge_plan import MergedTensor
 from lora_ft.export.prepare_merge import Merge
-from lora_ft.fingerprint import INDEX_NAME, WEIGHTS_NAME
+from lora_ft.fingerprint import INDEX_NAME, WEIGHTS_NAME, read_json
 
 IDENTITY_NAME = "identity.json"
 """In an unfinished merge: the hash of what it is a merge of."""
-COMPANIONS = (
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece*.model",
-    "*.tiktoken",
-    "chat_template.*",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "*.py",
-    "LICENSE*",
-    "NOTICE*",
-)
-"""What comes along from the base, and from the adapter over it: tokenizer, generation config, custom code, licence."""
 
 
 def open_draft(out: Path, identity: str) -> Path:
@@ -58,7 +40,7 @@ def write_index(tensors: Sequence[MergedTensor], folder: Path) -> None:
 def write_config(merge: Merge, folder: Path) -> None:
     """The base's config.json, changed only where the merged model differs."""
     base, model = merge.base.folder, merge.model
-    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config = read_json(base / "config.json")
     text = config.get("text_config", config)
     if merge.plan.untied:
         config["tie_word_embeddings"] = text["tie_word_embeddings"] = False
@@ -75,11 +57,3 @@ def write_config(merge: Merge, folder: Path) -> None:
         config["label2id"] = model.config.label2id
         text["pad_token_id"] = model.config.get_text_config().pad_token_id
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def copy_companions(sources: Iterable[Path], folder: Path) -> None:
-    """What a model needs beside its weights; where two sources have a file of one name, the later one's is taken."""
-    for source in sources:
-        for pattern in COMPANIONS:
-            for path in filter(Path.is_file, source.glob(pattern)):
-                shutil.copyfile(path, folder / path.name)

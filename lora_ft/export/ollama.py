@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from jinja2 import TemplateError
 
 from lora_ft.errors import UserError
+from lora_ft.fingerprint import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -161,7 +162,7 @@ def strip_end(text: str, end: str) -> str:
 def stop_texts(tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[str]:
     """The tokens that end an answer, as text: those of the generation config, and the tokenizer's own."""
     path = folder / "generation_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    settings = read_json(path) if path.is_file() else {}
     ids = settings.get("eos_token_id")
     ids = [ids] if isinstance(ids, int) else list(ids or [])
     if tokenizer.eos_token_id is not None:

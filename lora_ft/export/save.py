@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lora_ft.errors import RunFailed
 from lora_ft.export.adapter import TENSORS_NAME
 from lora_ft.export.card import adapter_facts, render_card
+from lora_ft.export.companions import save_companions
 from lora_ft.export.manifest import AdapterManifest, Arithmetic, Sample, write_manifest
 from lora_ft.export.samples import record_samples
 from lora_ft.export.skeleton import CLASSIFIER_TASKS
@@ -35,15 +36,18 @@ def save_adapter(
     state_dict: Mapping[str, torch.Tensor] | None = None,
     samples: Sequence[Sequence[int]] = (),
     recorded: Sequence[Sample] | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> AdapterManifest:
     """The adapter of `model` in `folder`, whole or not at all, with what is needed to know it again.
 
-    Written are the tensors and config as stock PEFT reads them, the tokenizer with its chat template, the generation
-    config, a card, and `lora_ft.json` with hashes and the model's answers to `samples` (prompts of token ids).
+    Written are the tensors and config as stock PEFT reads them, the tokenizer with its chat template, a generation
+    config that stops where answers ended in training, a card, and `lora_ft.json` with hashes and the model's answers
+    to `samples` (prompts of token ids).
 
     Args:
         state_dict: the gathered weights, where `model` holds only shards of them (ZeRO-3, FSDP).
         recorded: the answers, where all ranks had to take part in giving them; `samples` is not asked then.
+        template_kwargs: variables of the chat template in training, which the saved template sets by itself.
 
     Raises:
         RunFailed: a tensor is empty or not finite, or the whole adapter has no effect; nothing is written then.
@@ -57,7 +61,7 @@ def save_adapter(
     with whole_folder(folder) as draft:
         save_file(tensors, draft / TENSORS_NAME, metadata={"format": "pt"})
         save_config(model, config, base, draft)
-        save_companions(model, tokenizer, draft)
+        save_companions(model, tokenizer, draft, template_kwargs or {})
         answers = record_samples(model, samples) if recorded is None else tuple(recorded)
         manifest = describe_adapter(model, base, draft, idle_modules(tensors), answers)
         card = render_card(adapter_facts(manifest, folder.resolve().name))
@@ -157,15 +161,6 @@ def save_config(model: PeftModel, config: LoraConfig, base: BaseIdentity, folder
         base_class = type(model.get_base_model())
         mapping = {"base_model_class": base_class.__name__, "parent_library": base_class.__module__}
     config.save_pretrained(str(folder), auto_mapping_dict=mapping)
-
-
-def save_companions(model: PeftModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
-    """What a reload needs beside the weights: tokenizer, chat template, generation config."""
-    if tokenizer is not None:
-        tokenizer.save_pretrained(str(folder))
-    generation = getattr(model.get_base_model(), "generation_config", None)
-    if generation is not None:
-        generation.save_pretrained(str(folder))
 
 
 def describe_adapter(

@@ -71,15 +71,16 @@ def read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
     """config.json of a model, as transformers understands it.
 
     Raises:
-        UserError: it needs Python code that lies beside it, and running that was not allowed.
+        UserError: transformers does not, or it needs Python code beside it, and running that was not allowed.
     """
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
-    except ValueError as error:
+    except (ValueError, TypeError, OSError) as error:
         if "trust_remote_code" not in str(error):
-            raise
+            rule = f"transformers cannot read it: {str(error).strip().partition(chr(10))[0]}"
+            raise UserError(str(folder / "config.json"), None, rule, "Copy it again.") from error
         rule = "This model brings its own Python code, which runs with your rights."
         raise UserError(str(folder), None, rule, "Read that code, then say --trust-remote-code.") from None
 
@@ -91,11 +92,15 @@ def tuned_config(base: Path, adapter: Adapter) -> PretrainedConfig:
         config.id2label = {int(index): label for index, label in adapter.manifest.labels.items()}
         config.label2id = {label: index for index, label in config.id2label.items()}
         config.get_text_config().pad_token_id = adapter.manifest.pad_token_id
-    else:
-        heads = [shape[0] for key, shape in adapter.shapes.items() if key.endswith(HEAD_SUFFIXES)]
-        if heads and adapter.config.task_type in CLASSIFIER_TASKS:
-            config.num_labels = heads[0]
+    elif (num_labels := count_labels(adapter)) is not None:
+        config.num_labels = num_labels
     return config
+
+
+def count_labels(adapter: Adapter) -> int | None:
+    """Rows of the head that lies with a classifier's adapter; None for another model, or where there is none."""
+    heads = [shape[0] for key, shape in adapter.shapes.items() if key.endswith(HEAD_SUFFIXES)]
+    return heads[0] if heads and adapter.config.task_type in CLASSIFIER_TASKS else None
 
 
 def build_plain(base: Path, adapter: Adapter) -> PreTrainedModel:

@@ -8,47 +8,33 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 from lora_ft.data.privacy import RECOGNISERS
 from lora_ft.errors import Fault, UserError, raise_faults
-from lora_ft.export.adapter import CONFIG_NAME, TENSORS_NAME, Adapter, open_adapter
+from lora_ft.export.adapter import CONFIG_NAME, TENSORS_NAME, Adapter, open_adapter, read_adapter_fields
 from lora_ft.export.card import CAUSAL, CardFacts, adapter_facts, add_run, merged_facts, render_card
+from lora_ft.export.companions import GENERATION_NAME, TOKENIZER_FILES
 from lora_ft.export.manifest import MANIFEST_NAME
 from lora_ft.export.merge_report import REPORT_NAME, read_report
 from lora_ft.export.ollama import MODELFILE_NAME
+from lora_ft.export.skeleton import count_labels
 from lora_ft.export.vllm import fit_vllm
-from lora_ft.fingerprint import INDEX_NAME
+from lora_ft.fingerprint import INDEX_NAME, WEIGHTS_NAME, list_weight_files, read_json
 
 CARD_NAME = "README.md"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "chat_template.jinja",
-)
-BESIDE_BOTH = (CARD_NAME, "LICENSE*", "NOTICE*", "generation_config.json", *TOKENIZER_FILES)
+BESIDE_BOTH = (CARD_NAME, "LICENSE*", "NOTICE*", GENERATION_NAME, *TOKENIZER_FILES)
 ADAPTER_FILES = (TENSORS_NAME, CONFIG_NAME, MANIFEST_NAME, *BESIDE_BOTH)
 MERGED_FILES = (
-    "model.safetensors",
-    "model-?????-of-?????.safetensors",
-    INDEX_NAME,
-    "config.json",
     REPORT_NAME,
     MODELFILE_NAME,
     "preprocessor_config.json",
     "processor_config.json",
     *BESIDE_BOTH,
 )
-"""What may go; everything else in the folder stays where it is."""
+"""What may go beside what must; everything else in the folder stays where it is."""
 SECRET_VARIABLE = re.compile(r"TOKEN|SECRET|PASSWORD|API_?KEY|CREDENTIAL")
 """Environment variables whose values must not be in any file."""
 SHORTEST_SECRET = 12
@@ -76,18 +62,30 @@ def collect_adapter(folder: Path, repository: str, base: str | None, license: st
     named = manifest.base if manifest else adapter.config.base_model_name_or_path
     from_hub = manifest.revision is not None if manifest else not Path(named or "").exists()
     public = public_base(named, from_hub, base, str(folder))
-    config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = public
+    config = {**read_adapter_fields(folder), "base_model_name_or_path": public}
     changed = {CONFIG_NAME: to_json(config)}
-    facts = CardFacts(title=repository, base=public, revision=config.get("revision"), is_adapter=True)
+    facts = foreign_facts(adapter, repository)
     if manifest:
-        fields = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
-        fields |= {"base": public, "files": {**fields["files"], CONFIG_NAME: hash_bytes(changed[CONFIG_NAME])}}
-        changed[MANIFEST_NAME] = to_json(fields)
-        facts = replace(adapter_facts(manifest, repository), base=public)
-    facts = replace(facts, license=license, vllm=describe_vllm(adapter, public, repository))
+        fields = read_json(folder / MANIFEST_NAME)
+        hashes = {**fields["files"], CONFIG_NAME: hash_bytes(changed[CONFIG_NAME])}
+        changed[MANIFEST_NAME] = to_json({**fields, "base": public, "files": hashes, "samples": []})
+        facts = adapter_facts(manifest, repository)
+    facts = replace(facts, base=public, license=license, vllm=describe_vllm(adapter, public, repository))
     changed[CARD_NAME] = render_card(add_run(facts, folder.parent)).encode()
-    return collect(folder, ADAPTER_FILES, changed)
+    return collect(folder, ADAPTER_FILES, changed, (TENSORS_NAME,))
+
+
+def foreign_facts(adapter: Adapter, repository: str) -> CardFacts:
+    """What the config and the tensors of an adapter tell, where no manifest does."""
+    config = adapter.config
+    return CardFacts(
+        title=repository,
+        base=config.base_model_name_or_path or "",
+        revision=config.revision,
+        is_adapter=True,
+        task_type=config.task_type or CAUSAL,
+        num_labels=count_labels(adapter),
+    )
 
 
 def describe_vllm(adapter: Adapter, base: str, repository: str) -> tuple[str, ...]:
@@ -104,22 +102,24 @@ def collect_merged(folder: Path, repository: str, base: str | None, license: str
     """A merged model for the Hub.
 
     Raises:
-        UserError: no report says what it was merged from, or its base has no public id.
+        UserError: no report says what it was merged from, its base has no public id, or a file of weights is not there.
     """
     report = read_report(folder)
     if report is None:
         rule = f"There is no {REPORT_NAME}, so what this model is made of is not known."
         raise UserError(str(folder), None, rule, "Merge it with lora-ft merge.")
-    report = replace(report, base=public_base(report.base, report.revision is not None, base, str(folder)))
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    public = public_base(report.base, report.revision is not None, base, str(folder))
+    report = replace(report, base=public, samples=())
+    config = read_json(folder / "config.json")
     handoff = "llama.cpp's converter, then the `Modelfile`" if (folder / MODELFILE_NAME).is_file() else None
     facts = replace(merged_facts(report, repository, read_task_type(config), handoff), license=license)
     changed = {
         REPORT_NAME: to_json(report.to_json()),
         CARD_NAME: render_card(add_run(facts, folder.parent)).encode(),
     }
-    patterns = (*MERGED_FILES, *custom_code(config))
-    return collect(folder, patterns, changed)
+    weights = [path.name for path in list_weight_files(folder)]
+    needed = (*weights, "config.json") if weights == [WEIGHTS_NAME] else (*weights, "config.json", INDEX_NAME)
+    return collect(folder, (*MERGED_FILES, *custom_code(config)), changed, needed)
 
 
 def read_task_type(config: Mapping[str, Any]) -> str:
@@ -137,19 +137,27 @@ def custom_code(config: Mapping[str, Any]) -> list[str]:
     return sorted({f"{name.split('--')[-1].split('.')[0]}.py" for name in classes if name})
 
 
-def collect(folder: Path, patterns: tuple[str, ...], changed: Mapping[str, bytes]) -> Upload:
-    """The files of `folder` that match a pattern, those in `changed` with another content.
+def collect(folder: Path, patterns: tuple[str, ...], changed: Mapping[str, bytes], needed: tuple[str, ...]) -> Upload:
+    """The files of `folder` that match a pattern or are `needed`, those in `changed` with another content.
 
-    Links are left out, as they could lead anywhere, and so are folders.
+    Links are left out, as they could lead anywhere.
+
+    Raises:
+        UserError: a file that is needed is left out.
     """
-    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() or path.is_symlink()]
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
+    links = {path for path in paths.values() if path.is_symlink()}
+    files = {name: path for name, path in paths.items() if path.is_file() or path in links}
+    matching = {path for pattern in (*patterns, *map(escape, needed)) for path in folder.glob(pattern)}
     chosen = {
-        path.name: path
-        for path in paths
-        if path.parent == folder and not path.is_symlink() and any(fnmatch(path.name, pattern) for pattern in patterns)
+        name: path for name, path in files.items() if path in matching and not links.intersection([path, *path.parents])
     }
-    left_out = tuple(path.relative_to(folder).as_posix() for path in paths if path not in chosen.values())
-    return Upload({**chosen, **changed}, left_out)
+    raise_faults(
+        Fault(str(folder / name), None, "It is needed, and a link is not followed.", "Put the file itself there.")
+        for name in needed
+        if name not in chosen
+    )
+    return Upload({**chosen, **changed}, tuple(name for name in files if name not in chosen))
 
 
 def public_base(named: str | None, from_hub: bool, declared: str | None, place: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +15,7 @@ from lora_ft.export.save import idle_modules, refuse_broken
 from lora_ft.export.skeleton import build_skeleton, expected_shapes, key_faults
 from lora_ft.export.verify_merged import verify_merged
 from lora_ft.export.vllm import fit_vllm
-from lora_ft.fingerprint import BaseIdentity, hash_tensors
+from lora_ft.fingerprint import BaseIdentity, hash_tensors, read_json
 
 RUN_NAME = "run.json"
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".bin")
@@ -54,7 +53,7 @@ def verify_run(path: Path, quick: bool, base: str | None, trust_remote_code: boo
 
 
 def check_run(path: Path, quick: bool) -> Finding:
-    """Whether the files of a run are those it ended with.
+    """Whether the files of a run are those it ended with; one that has not ended says of none what they were.
 
     Checkpoints may have been removed since to save space, `merged/` and `report/` made again, and cards written on.
 
@@ -62,8 +61,18 @@ def check_run(path: Path, quick: bool) -> Finding:
         quick: leave out weights, which are large.
     """
     if not (path / RUN_NAME).is_file():
-        return Finding("run", True, f"no {RUN_NAME}: the run has not ended, or this is no run of ours")
-    digests = json.loads((path / RUN_NAME).read_text(encoding="utf-8")).get("files", {})
+        return Finding("run", True, f"no {RUN_NAME}: this is no run of ours, or its start is not over", False)
+    try:
+        manifest = read_json(path / RUN_NAME)
+    except UserError as error:
+        return Finding("run", False, str(error))
+    if "state" not in manifest:
+        return Finding("run", False, f"{RUN_NAME} does not tell the run's state, and so is no run's")
+    if manifest["state"] != "finished":
+        return Finding("run", True, "it has not finished, so its files have no hashes to be held against", False)
+    digests = manifest.get("files")
+    if not isinstance(digests, dict) or not digests:
+        return Finding("run", False, f"{RUN_NAME} has no hashes of its files, as that of a finished run has")
     kept = {
         name: digest
         for name, digest in digests.items()
@@ -102,7 +111,7 @@ def check_hashes(adapter: Adapter) -> Finding:
     """Whether the files are those that were saved."""
     manifest = adapter.manifest
     if manifest is None:
-        return Finding("files", True, "another tool saved this adapter, so there are no hashes to hold it against")
+        return Finding("files", True, "another tool saved this adapter, so there are no hashes for it", False)
     changed = [TENSORS_NAME] * (hash_tensors(adapter.folder / TENSORS_NAME) != manifest.tensors)
     return check_files(adapter.folder, manifest.files, changed)
 
@@ -122,7 +131,7 @@ def check_values(adapter: Adapter) -> Finding:
 def check_base(adapter: Adapter, base: BaseIdentity) -> Finding:
     """Which base was found, and whether it can be told to be the right one; a wrong one was refused before."""
     if adapter.manifest is None:
-        return Finding("base", True, f"{base.name}; the adapter does not record which weights it was trained on")
+        return Finding("base", True, f"{base.name}; the adapter does not record which weights it was trained on", False)
     return Finding("base", True, f"{base.name}, fingerprint {base.fingerprint[:12]} as in training")
 
 
@@ -143,7 +152,7 @@ def check_samples(adapter: Adapter, base: BaseIdentity) -> Finding:
     """Whether a fresh process gives the recorded answers."""
     manifest = adapter.manifest
     if manifest is None or not manifest.samples:
-        return Finding("samples", True, "none recorded")
+        return Finding("samples", True, "none recorded", False)
     return check_answers(
         manifest.samples,
         manifest.arithmetic.dtype,

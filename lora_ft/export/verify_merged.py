@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lora_ft.errors import UserError
-from lora_ft.export.checkpoint import FLOATS, StoredTensor, extremes, place_tensors, read_checkpoint, torch_dtype
+from lora_ft.export.checkpoint import (
+    FLOATS,
+    Place,
+    StoredTensor,
+    extremes,
+    place_tensors,
+    read_checkpoint,
+    torch_dtype,
+)
 from lora_ft.export.finding import Finding, check_answers, check_files
 from lora_ft.export.fresh import ask_fresh
 from lora_ft.export.merge_report import MergeReport, read_report
 from lora_ft.export.skeleton import architecture_class, empty_model, read_config
 from lora_ft.fingerprint import CHUNK_BYTES, start_digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def verify_merged(path: Path, quick: bool, trust_remote_code: bool) -> Iterator[Finding]:
@@ -28,7 +41,7 @@ def verify_merged(path: Path, quick: bool, trust_remote_code: bool) -> Iterator[
     yield check_proof(report)
     changed, infinite = ([], []) if quick else read_all(tensors, report)
     if report is None:
-        yield Finding("files", True, "another tool merged this model, so there are no hashes to hold it against")
+        yield Finding("files", True, "another tool merged this model, so there are no hashes for it", False)
     else:
         yield check_files(path, report.files, changed)
     if not quick:
@@ -38,15 +51,15 @@ def verify_merged(path: Path, quick: bool, trust_remote_code: bool) -> Iterator[
 
 
 def check_architecture(path: Path, tensors: Mapping[str, StoredTensor], trust_remote_code: bool) -> Finding:
-    """Whether the files hold every weight of the architecture that config.json names."""
+    """Whether the files hold every weight of the architecture that config.json names, in its shape."""
     import torch
 
     try:
         config = read_config(path, trust_remote_code)
+        with torch.device("meta"):
+            model = empty_model(architecture_class(config), config, trust_remote_code)
     except UserError as error:
         return Finding("keys", False, str(error))
-    with torch.device("meta"):
-        model = empty_model(architecture_class(config), config, trust_remote_code)
     places = place_tensors(tensors, model)
     found = {place.parameter for place in places.values() if place}
     shared = model.all_tied_weights_keys
@@ -56,13 +69,39 @@ def check_architecture(path: Path, tensors: Mapping[str, StoredTensor], trust_re
     detail = f"{type(model).__name__}, {len(tensors)} tensors"
     if strange:
         detail += f"; {len(strange)} of them are not used by transformers, such as {strange[0]}"
-    return Finding("keys", not missing, f"missing: {', '.join(missing[:3])}" if missing else detail)
+    misshapen = find_misshapen(tensors, places, model)
+    faults = [
+        f"{reason}: {', '.join(names[:3])}"
+        for reason, names in {"missing": missing, "of another shape": misshapen}.items()
+        if names
+    ]
+    return Finding("keys", not faults, "; ".join(faults) or detail)
+
+
+def find_misshapen(
+    tensors: Mapping[str, StoredTensor], places: Mapping[str, Place | None], model: PreTrainedModel
+) -> list[str]:
+    """Names of the parameters whose tensors are not of their shape, where nothing is converted in between.
+
+    experts.0.w1 [I, D]  experts.0.w3 [I, D]      rows of one expert, which together are gate_up_proj[0] [2·I, D]
+    """
+    state, parts = model.state_dict(), defaultdict(list)
+    for name, place in places.items():
+        if place is not None and place.conversion is None:
+            parts[place.parameter, place.expert].append(tensors[name].shape)
+    misshapen = set()
+    for (parameter, expert), shapes in parts.items():
+        wanted = tuple(state[parameter].shape)[expert is not None :]
+        rows = [(sum(shape[0] for shape in shapes),)] if expert is not None else [shape[:1] for shape in shapes]
+        if {(*first, *shape[1:]) for first in rows for shape in shapes} != {wanted}:
+            misshapen.add(parameter)
+    return sorted(misshapen)
 
 
 def check_proof(report: MergeReport | None) -> Finding:
     """Whether it was shown, when it was merged, that the model is base + adapter."""
     if report is None or report.proof is None:
-        return Finding("proof", True, "it was never compared with base + adapter")
+        return Finding("proof", True, "it was never compared with base + adapter", False)
     detail = (
         f"merged onto {report.base} ({report.base_fingerprint[:12]}); "
         f"logits within {report.proof.max_logit_difference:.1e} of base + adapter, "
@@ -93,7 +132,7 @@ def read_all(tensors: Mapping[str, StoredTensor], report: MergeReport | None) ->
 def check_samples(path: Path, report: MergeReport | None, trust_remote_code: bool) -> Finding:
     """Whether a fresh process gives the recorded answers."""
     if report is None or not report.samples or report.compared_in is None:
-        return Finding("samples", True, "none recorded")
+        return Finding("samples", True, "none recorded", False)
     request = {
         "folder": str(path),
         "arithmetic": asdict(report.compared_in),

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from lora_ft.export.card import CardFacts, adapter_facts, add_run, merged_facts, render_card
+from lora_ft.errors import UserError
+from lora_ft.export.card import CardFacts, adapter_facts, add_run, merged_facts, public_recipe, render_card
 from lora_ft.export.manifest import read_manifest
 from lora_ft.export.merge import merge_adapter
 
@@ -109,3 +110,34 @@ def test_a_merged_model_needs_no_base_to_load(plain, tmp_path):
 def test_a_card_of_nothing_but_a_name_is_still_a_card():
     card = render_card(CardFacts(title="t", base="org/base", revision=None, is_adapter=True))
     assert front_matter(card)["base_model"] == "org/base"
+
+
+def test_no_way_on_the_trainers_machine_is_in_the_recipe():
+    model = {"base": "/home/anna/base", "adapter": "/home/anna/first/adapter"}
+    data = {
+        "sources": [{"path": "C:\\Users\\anna\\tickets.jsonl"}, {"path": "org/set"}],
+        "chat_template": "/home/anna/t.jinja",
+        "cache_dir": "/home/anna/cache",
+        "template_kwargs": {"mode": "/no_think"},
+    }
+    training = {"deepspeed": "~anna/zero.json", "learning_rate": 1e-4, "report_to": ["none"]}
+    recipe = public_recipe({**RECIPE, "model": model, "data": data, "training": training}, "org/base")
+    assert "anna" not in json.dumps(recipe)
+    assert recipe["data"]["chat_template"] == "t.jinja" and recipe["model"] == {
+        "base": "org/base",
+        "adapter": "adapter",
+    }
+    assert recipe["training"] == {"deepspeed": "zero.json", "learning_rate": 1e-4, "report_to": ["none"]}
+    assert recipe["data"]["template_kwargs"] == {"mode": "/no_think"}
+
+
+@pytest.mark.parametrize(("name", "text"), [("run.json", "[]"), ("recipe.yaml", "a: [")])
+def test_a_damaged_run_is_named(plain, run, name, text):
+    (run / name).write_text(text)
+    with pytest.raises(UserError, match=name):
+        add_run(adapter_facts(read_manifest(plain.adapter), "org/tuned"), run)
+
+
+def test_the_lines_to_copy_stop_where_training_did(plain):
+    card = render_card(adapter_facts(read_manifest(plain.adapter), "org/tuned"))
+    assert 'model.generation_config = GenerationConfig.from_pretrained("org/tuned")' in card

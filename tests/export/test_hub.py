@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,11 +10,16 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 from loopback_hub import running_hub
+from safetensors.torch import load_file, save_file
+from tiny_models import CASES, make_tuned
+from transformers import AutoTokenizer
 
 from lora_ft.errors import RunFailed, UserError
 from lora_ft.export import hub as hub_room
 from lora_ft.export.hub import push_folder
 from lora_ft.export.merge import merge_adapter
+from lora_ft.export.save import save_adapter
+from lora_ft.export.upload import collect_adapter, collect_merged
 from lora_ft.export.verify import verify_folder
 
 NAME = "org/tuned"
@@ -281,3 +287,81 @@ def test_in_a_process_of_its_own_the_token_shows_nowhere(hub, copied, tmp_path):
     written = [path for folder in (tmp_path, copied) for path in Path(folder).rglob("*") if path.is_file()]
     assert not [path for path in written if b"hf_writer" in path.read_bytes()]
     assert not [content for content in hub.repositories[NAME].files.values() if b"hf_writer" in content]
+
+
+def cut_into(folder, names):
+    """The weights of a model spread over files of these names."""
+    weights = sorted(load_file(folder / "model.safetensors").items())
+    share = -(-len(weights) // len(names))
+    files = {name: dict(weights[index * share : (index + 1) * share]) for index, name in enumerate(names)}
+    for name, part in files.items():
+        save_file(part, folder / name, metadata={"format": "pt"})
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": {key: name for name, part in files.items() for key in part}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def test_weights_go_by_whatever_name_the_index_gives_them(plain, tmp_path):
+    """A merged model keeps the names of its base's files, which need not be those that transformers writes."""
+    base = shutil.copytree(plain.base.folder, tmp_path / "base")
+    names = [f"model-0000{number}-of-000002[1].safetensors" for number in (1, 2)]
+    cut_into(base, names)
+    merge_adapter(plain.adapter, tmp_path / "merged", base=str(base), prove=False)
+    assert set(names) <= set(collect_merged(tmp_path / "merged", NAME, BASE_ID, None).files)
+    (tmp_path / "merged" / names[1]).rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="is missing"):
+        collect_merged(tmp_path / "merged", NAME, BASE_ID, None)
+    (tmp_path / "merged" / names[1]).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="a link is not followed"):
+        collect_merged(tmp_path / "merged", NAME, BASE_ID, None)
+
+
+def test_weights_that_are_a_link_are_not_left_out_silently(hub, copied, tmp_path):
+    (copied / "adapter_model.safetensors").rename(tmp_path / "elsewhere")
+    (copied / "adapter_model.safetensors").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="a link is not followed"):
+        push_folder(copied, NAME, base_id=BASE_ID)
+    assert hub.requests == []
+
+
+def test_no_row_is_published_as_token_ids(hub, plain, tmp_path):
+    """The samples' prompts are rows of the user's: they stay here, and what arrives verifies without them."""
+    run = tmp_path / "run"
+    shutil.copytree(plain.adapter, run / "adapter")
+    merge_adapter(run / "adapter", run / "merged")
+    for merged, record in ((False, "lora_ft.json"), (True, "merge_report.json")):
+        name = "org/merged" if merged else NAME
+        push_folder(run, name, merged=merged, base_id=BASE_ID)
+        download = tmp_path / record
+        download.mkdir()
+        for file, content in hub.repositories[name].files.items():
+            (download / file).write_bytes(content)
+        assert json.loads((download / record).read_text())["samples"] == []
+        report = verify_folder(download, base=str(plain.base.folder))
+        assert report.ok and report.findings[-1].detail == "none recorded" and not report.findings[-1].is_checked
+        local = run / ("merged" if merged else "adapter")
+        assert json.loads((local / record).read_text())["samples"], "what lies here can still be asked"
+
+
+def test_named_templates_arrive(plain, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(plain.adapter)
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ tools }}" + tokenizer.chat_template}
+    save_adapter(plain.model, tokenizer, tmp_path / "adapter", base=plain.base)
+    (tmp_path / "adapter" / "additional_chat_templates" / "deeper").mkdir()
+    (tmp_path / "adapter" / "additional_chat_templates" / "deeper" / "x.jinja").write_text("private")
+    upload = collect_adapter(tmp_path / "adapter", NAME, BASE_ID, None)
+    assert upload.left_out == ("additional_chat_templates/deeper/x.jinja",)
+    for name, content in upload.files.items():
+        target = tmp_path / "download" / name
+        target.parent.mkdir(exist_ok=True, parents=True)
+        target.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+    assert verify_folder(tmp_path / "download", quick=True, base=str(plain.base.folder)).ok
+    assert set(AutoTokenizer.from_pretrained(tmp_path / "download").chat_template) == {"default", "tool_use"}
+
+
+def test_the_card_of_another_tools_classifier_loads_a_classifier(tmp_path):
+    tuned = make_tuned(CASES["classifier"], tmp_path)
+    (tuned.adapter / "lora_ft.json").unlink()
+    card = collect_adapter(tuned.adapter, NAME, BASE_ID, None).files["README.md"].decode()
+    assert "pipeline_tag: text-classification" in card
+    assert 'AutoModelForSequenceClassification.from_pretrained("org/base", num_labels=3)' in card

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -318,3 +319,11 @@ def test_a_disk_without_room_is_noticed_before_anything_is_written(plain, tmp_pa
     with pytest.raises(UserError, match="GB are free there"):
         merge_adapter(plain.adapter, tmp_path / "merged", prove=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_folder_one_stands_in_takes_the_merged_model(plain, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    merge_adapter(plain.adapter, Path("."), prove=False)
+    assert (tmp_path / "here" / "model.safetensors").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]

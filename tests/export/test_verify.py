@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import CASES, CONFIGS, add_adapter, make_base, make_tuned
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from lora_ft.cli import main
 from lora_ft.errors import UserError
 from lora_ft.export.merge import merge_adapter
 from lora_ft.export.save import save_adapter
@@ -192,3 +194,66 @@ def test_companion_files_are_held_against_their_hashes(merged):
     assert hash_file(merged / "tokenizer.json")
     (merged / "config.json").write_text((merged / "config.json").read_text() + "\n")
     assert faults(verify_folder(merged, quick=True)) == ["files"]
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.self_attn.q_proj.weight", "model.norm.weight"])
+def test_a_misshapen_weight_of_a_merged_model_is_found(merged, name):
+    weights = load_file(merged / "model.safetensors")
+    weights[name] = weights[name][:8].contiguous()
+    save_file(weights, merged / "model.safetensors", metadata={"format": "pt"})
+    report = verify_folder(merged, quick=True)
+    assert faults(report) == ["keys"]
+    assert f"of another shape: {name}" in report.findings[0].detail
+
+
+def test_a_misshapen_expert_of_a_merged_model_is_found(tmp_path):
+    """Several tensors of the file are one parameter; their rows are counted together."""
+    tuned = make_tuned(CASES["mixtral_experts"], tmp_path)
+    merge_adapter(tuned.adapter, tmp_path / "merged", prove=False)
+    assert verify_folder(tmp_path / "merged", quick=True).ok
+    weights = load_file(tmp_path / "merged" / "model.safetensors")
+    name = next(name for name in weights if name.endswith("experts.2.w3.weight"))
+    weights[name] = weights[name][:8].contiguous()
+    save_file(weights, tmp_path / "merged" / "model.safetensors", metadata={"format": "pt"})
+    report = verify_folder(tmp_path / "merged", quick=True)
+    assert "of another shape" in report.findings[0].detail and "experts" in report.findings[0].detail
+
+
+def test_a_run_that_has_not_finished_is_not_said_to_be_as_it_was_saved(plain, tmp_path, capsys):
+    shutil.copytree(plain.adapter, tmp_path / "adapter")
+    (tmp_path / "run.json").write_text(json.dumps({"state": "training"}))
+    finding = verify_folder(tmp_path, quick=True).findings[0]
+    assert (finding.name, finding.ok, finding.is_checked) == ("run", True, False)
+    assert main(["verify", str(tmp_path), "--quick"]) == 0
+    assert "?     run: it has not finished" in capsys.readouterr().out
+    (tmp_path / "run.json").write_text(json.dumps({"state": "finished"}))
+    assert faults(verify_folder(tmp_path, quick=True)) == ["run"]
+
+
+DAMAGE = ["{", "[1]", "{}", b"\xff\xfe", '{"weight_map": [1]}', '{"peft_type": "LORA", "r": {"a": []}, "files": 1}']
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "run.json",
+        "adapter/adapter_config.json",
+        "adapter/lora_ft.json",
+        "adapter/adapter_model.safetensors",
+        "merged/config.json",
+        "merged/merge_report.json",
+        "merged/model.safetensors.index.json",
+        "merged/model.safetensors",
+    ],
+)
+def test_damaged_files_are_named(plain, merged, capsys, name, damage):
+    """No traceback, whatever stands in a file, and never a good word for it."""
+    run = merged.parent
+    shutil.copytree(plain.adapter, run / "adapter")
+    if "index" in name:
+        (merged / "model.safetensors").unlink()
+    (run / name).write_bytes(damage if isinstance(damage, bytes) else damage.encode())
+    assert main(["verify", str(run), "--quick"]) in {1, 2}
+    said = capsys.readouterr()
+    assert "FAIL" in said.out or Path(name).name in said.err
