@@ -92,6 +92,8 @@ class LibraryField:
     """A typing object; `Any` where the annotation names a class of the library's own."""
     choices: tuple[Any, ...] = ()
     """The only values allowed, where the library says so."""
+    takes_null: bool = True
+    """Whether null is a value, where `type` does not say: it is no member of an enumeration of the library's own."""
 
 
 @cache
@@ -170,7 +172,7 @@ def _module_folder(module: str) -> Path:
 
 def _dataclass_fields(body: ast.ClassDef) -> dict[str, LibraryField]:
     return {
-        node.target.id: LibraryField(_to_type(node.annotation), _choices(node.value))
+        node.target.id: LibraryField(_to_type(node.annotation), _choices(node.value), _names_null(node))
         for node in body.body
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and not node.target.id.startswith("_")
     }
@@ -199,6 +201,12 @@ def _choices(value: ast.expr | None) -> tuple[Any, ...]:
                     except ValueError:
                         return ()
     return ()
+
+
+def _names_null(node: ast.AnnAssign) -> bool:
+    """Whether None stands in a field's annotation or default, or the annotation leaves it open."""
+    words = ast.unparse(node.annotation)
+    return "None" in ast.unparse(node) or "Optional" in words or "Any" in words
 
 
 _PLAIN = {"int": int, "float": float, "bool": bool, "str": str, "dict": dict, "list": list, "None": type(None)}

@@ -130,16 +130,36 @@ OWNED_ELSEWHERE: dict[str, dict[str, str]] = {
     },
 }
 
+
+def _is_repository(name: str) -> bool:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name.count("/") == 1
+
+
 RANGES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "data.max_length": (lambda v: v >= 8, "A row has room for at least 8 tokens.", "Write 1024, say."),
     "data.sources": (lambda v: len(v) > 0, "At least one source is needed.", "Write - {path: data.jsonl}"),
     "data.split.validation": (lambda v: 0 <= v < 1, "A share lies between 0 and 1.", "Write 0.1 for a tenth."),
     "data.split.test": (lambda v: 0 <= v < 1, "A share lies between 0 and 1.", "Write 0.1 for a tenth."),
+    "data.split.seed": (lambda v: v >= 0, "A seed is not negative.", "Write 42, say."),
     "evaluation.generate": (lambda v: v == "all" or v >= 0, "A number of rows is not negative.", "Write 32, or all."),
     "evaluation.max_new_tokens": (lambda v: v > 0, "An answer has at least one token.", "Write 128, say."),
     "evaluation.batch_size": (lambda v: v > 0, "A batch has at least one row.", "Write 16, say."),
     "guards.skip_non_finite": (lambda v: v >= 0, "A number of steps is not negative.", "Write 0, or 3."),
     "guards.stall_minutes": (lambda v: v >= 0, "A time is not negative.", "Write 15, or 0 for never."),
+    "quantization.bnb_4bit_compute_dtype": (
+        lambda v: v in ("bfloat16", "float16", "float32"),
+        "Expected one of bfloat16, float16, float32.",
+        "Choose one, or leave it out for model.dtype.",
+    ),
+    "quantization.bnb_4bit_quant_type": (lambda v: v in ("nf4", "fp4"), "Expected one of nf4, fp4.", "Choose one."),
+    "export.push_to": (_is_repository, "A repository on the Hub is named ORG/NAME.", "Give both parts."),
     "lora.r": (lambda v: v > 0, "A rank is at least 1.", "Write 16, say."),
     "lora.lora_dropout": (lambda v: 0 <= v < 1, "A probability lies between 0 and 1.", "Write 0.05, or leave it out."),
     "lora.loraplus_lr_ratio": (lambda v: v > 0, "A ratio of learning rates is above 0.", "Write 16, say."),
@@ -344,6 +364,9 @@ def _check_library_section(
 
 def _check_value(key: Key, value: Any, field: LibraryField, document: Document, faults: list[Fault]) -> bool:
     place = document.place(key)
+    if value is None and not field.takes_null:
+        faults.append(Fault(place, "null", "This field has no empty value.", "Leave it out, and it gets its default."))
+        return False
     if not accepts(field.type, value):
         shown = f'"{value}"' if isinstance(value, str) else value
         faults.append(Fault(place, shown, f"Expected {describe(field.type)}.", "Change the value."))
@@ -415,10 +438,10 @@ def check_buildable(section: str, build: Callable[..., Any], values: dict[str, A
     """The library object of a verbatim section; what the library itself refuses becomes a `UserError`.
 
     Raises:
-        UserError: the library's own constructor raised ValueError, TypeError or ImportError.
+        UserError: the library's own constructor refused, with an error of any kind that libraries refuse with.
     """
     try:
         return build(**values)
-    except (ValueError, TypeError, ImportError, KeyError) as fault:
+    except (ValueError, TypeError, ImportError, KeyError, AttributeError) as fault:
         rule = f"{LIBRARY_CLASSES[section].title} refuses these values: {str(fault).strip()}"
         raise UserError(f"{place}  {section.partition('/')[0]}", None, rule, "Change the value it names.") from fault

@@ -31,6 +31,7 @@ from lora_ft.model.adapter import TASK_TYPES, attach_adapter, count_trainable, l
 from lora_ft.model.load import find_base, find_config, load_base, load_tokenizer
 from lora_ft.model.machine import Machine, choose_settings, peak_memory_bytes, probe_machine, settle_validation
 from lora_ft.model.planning import RecipePlan, plan_memory, refuse_unfit
+from lora_ft.model.stored import check_export, check_tokens
 from lora_ft.recipe import EARLY_STOPPING, LORAPLUS, load_recipe
 from lora_ft.sections import Recipe
 from lora_ft.training.distributed import (
@@ -108,7 +109,7 @@ def run_recipe(
     tokenizer = load_tokenizer(base.folder, recipe.model, recipe.data.chat_template)
     splits = build_splits(recipe.data, tokenizer)
     prepare_general(recipe.evaluation, recipe.data, tokenizer)
-    planned = fit_recipe(recipe, base.folder, splits, machine, launch)
+    planned = fit_recipe(recipe, base.folder, tokenizer, splits, machine, launch)
     recipe = planned.recipe
     run = check_run_folder(
         recipe,
@@ -154,7 +155,7 @@ def finish_run(
     manifest["training"] = outcome.metrics
     manifest["memory"]["measured_peak_bytes"] = peak_memory_bytes(probe_machine())
     manifest["adapter_sha256"] = hash_tensors(adapter / "adapter_model.safetensors")
-    manifest["verification"] = verify_saved(adapter)
+    manifest["verification"] = verify_saved(adapter, recipe.model.trust_remote_code)
     manifest["evaluation"] = evaluate_trained(trainer, tokenizer, splits, recipe, launch)
     manifest["export"] = export_run(adapter, recipe, run, manifest)
     write_page(run.path)
@@ -212,18 +213,27 @@ def check_recipe(recipe: Recipe, machine: Machine, launch: Launch) -> tuple[Reci
     tokenizer = load_tokenizer(folder, recipe.model, recipe.data.chat_template)
     splits, audit = check_data(recipe.data, tokenizer)
     prepare_general(recipe.evaluation, recipe.data, tokenizer)
-    return fit_recipe(recipe, folder, splits, machine, launch), audit
+    return fit_recipe(recipe, folder, tokenizer, splits, machine, launch), audit
 
 
-def fit_recipe(recipe: Recipe, base_folder: Path, splits: Splits, machine: Machine, launch: Launch) -> RecipePlan:
-    """The settled recipe as its data and the machine's memory allow it, with the plan of its largest step.
+def fit_recipe(
+    recipe: Recipe,
+    base_folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    splits: Splits,
+    machine: Machine,
+    launch: Launch,
+) -> RecipePlan:
+    """The settled recipe as its base, its data and the machine's memory allow it, with the plan of its largest step.
 
     Raises:
-        UserError: it evaluates on rows that are not there, steers by what nothing measures, or a step does not fit.
+        UserError: it evaluates on rows that are not there, steers by what nothing measures, wants made of the adapter
+            what cannot be, has tokens that the base does not know, or a step does not fit.
     """
     recipe = settle_validation(recipe, len(splits.validation))
-    check_steering(recipe)
+    raise_faults([*check_steering(recipe), *check_export(recipe, base_folder)])
     planned = plan_memory(recipe, base_folder, describe_hardware(machine, launch), splits.longest_row)
+    check_tokens(recipe, base_folder, tokenizer, splits)
     refuse_unfit(planned)
     return planned
 
@@ -312,7 +322,15 @@ def save_trained(
     recorded = record_samples(model, prompts)
     state_dict = gather_adapter(trainer)
     if trainer.is_world_process_zero():
-        save_adapter(model, tokenizer, folder, base=base, state_dict=state_dict, recorded=recorded)
+        save_adapter(
+            model,
+            tokenizer,
+            folder,
+            base=base,
+            state_dict=state_dict,
+            recorded=recorded,
+            template_kwargs=recipe.data.template_kwargs,
+        )
     end_sharding()
     return folder
 
@@ -333,7 +351,7 @@ def bare_model(trainer: LoraTrainer) -> PeftModel:
     return trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
 
 
-def verify_saved(adapter: Path) -> dict[str, Any]:
+def verify_saved(adapter: Path, trust_remote_code: bool = False) -> dict[str, Any]:
     """What a fresh process found when it reopened the adapter.
 
     Raises:
@@ -341,7 +359,7 @@ def verify_saved(adapter: Path) -> dict[str, Any]:
     """
     from lora_ft.export.verify import verify_folder
 
-    report = verify_folder(adapter)
+    report = verify_folder(adapter, trust_remote_code=trust_remote_code)
     faults = [f"{finding.name}: {finding.detail}" for finding in report.findings if not finding.ok]
     if faults:
         rule = "The saved adapter is not the one that was trained."
@@ -425,11 +443,13 @@ def export_run(adapter: Path, recipe: Recipe, run: RunFolder, manifest: dict[str
     from lora_ft.export.merge import merge_adapter
 
     done: dict[str, Any] = {}
+    trusted = recipe.model.trust_remote_code
     if recipe.export.merge:
-        report = merge_adapter(adapter, run.path / "merged", dtype=recipe.export.dtype)
+        merged = run.path / "merged"
+        report = merge_adapter(adapter, merged, dtype=recipe.export.dtype, trust_remote_code=trusted)
         done["merge"] = {"dtype": report.dtype, "proof": report.to_json()["proof"], "seconds": report.merge_seconds}
     write_manifest(run, "training", manifest)
     write_run_cards(run.path)
     if recipe.export.push_to is not None:
-        done["push"] = asdict(push_folder(adapter, recipe.export.push_to))
+        done["push"] = asdict(push_folder(adapter, recipe.export.push_to, trust_remote_code=trusted))
     return done

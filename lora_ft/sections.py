@@ -83,7 +83,7 @@ class DataSection:
     """Which tokens are supervised: all answers, only the last answer, or every token."""
     truncation: Literal["keep_start", "keep_end", "context", "split", "drop"] = "keep_start"
     """What happens to a row longer than `max_length`: its start or end is kept, its `context` column is shortened, a
-    plain text goes on in the next row (`split`), or it is left out; always counted."""
+    plain text goes on in the next row (`split`; other rows are refused), or it is left out; always counted."""
     packing: bool = False
     """Whether whole documents share rows of `max_length` tokens, without seeing each other."""
     balance: bool = False
@@ -107,7 +107,7 @@ class EvaluationSection:
     """What is measured on the test split, for base and tuned model alike."""
 
     generate: int | Literal["all"] = 32
-    """How many test rows are answered by generation (the first ones); 0 for none, `all` for every one."""
+    """How many test rows are answered by generation (the first that ask something); 0 for none, `all` for every one."""
     metrics: tuple[str, ...] = ("exact_match",)
     """Metrics over the generated answers: names, or functions (answer, reference) → number as `FILE.py:FUNCTION`."""
     general: str | None = "builtin:general/text.jsonl"

@@ -130,7 +130,10 @@ def run_training(recipe: Path) -> None:
     from lora_ft.export.verify import verify_folder
     from lora_ft.recipe import load_recipe
 
-    lora_ft.run.verify_saved = lambda adapter: verify_folder(adapter, quick=True).to_json()
+    def verify_quickly(adapter: Path, trust_remote_code: bool = False) -> dict[str, Any]:
+        return verify_folder(adapter, quick=True, trust_remote_code=trust_remote_code).to_json()
+
+    lora_ft.run.verify_saved = verify_quickly
     lora_ft.run.evaluate_in_new_process = lora_ft.run.evaluate_run
     lora_ft.run.run_recipe(load_recipe(recipe), quiet=True)
 

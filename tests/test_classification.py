@@ -107,6 +107,15 @@ def test_the_whole_way_in_4_bit(class_recipe, tmp_path, lora_ft):
     assert refused.returncode == 2 and "SEQ_CLS" in refused.stderr
 
 
+def test_the_best_epoch_by_accuracy_is_the_one_that_is_kept(class_recipe, tmp_path):
+    """What steers is measured under the name that steers."""
+    learn = {"num_train_epochs": 2, "max_steps": -1, "eval_strategy": "epoch", "save_strategy": "epoch"}
+    run(class_recipe(training={**learn, "metric_for_best_model": "accuracy", "load_best_model_at_end": True}))
+    state = json.loads(max((tmp_path / "run").glob("checkpoint-*/trainer_state.json")).read_text())
+    values = [entry["eval_accuracy"] for entry in state["log_history"] if "eval_accuracy" in entry]
+    assert state["best_metric"] == max(values)
+
+
 def test_a_stock_reload_gives_the_very_logits(class_recipe, tiny_base, tmp_path):
     """Failure mode 30: saved, read in a fresh process by PEFT alone, and asked the same."""
     import torch

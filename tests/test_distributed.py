@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lora_ft.cli import main
-from tests.conftest import recipe_writer
+from tests.conftest import make_base, recipe_writer
 
 ROOT = Path(__file__).parents[1]
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
@@ -38,6 +38,13 @@ def read_losses(folder: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
+def need_deepspeed() -> None:
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed")
+    if shutil.which("g++") is None:
+        pytest.skip("DeepSpeed compiles its CPU communication when it starts, and there is no compiler")
+
+
 def write_recipe(folder: Path, base: Path, rows: list[dict]) -> Path:
     """The recipe that one process and two ranks run."""
     write = recipe_writer(folder, base, rows)
@@ -58,10 +65,7 @@ def alone(tmp_path_factory, tiny_base, chat_rows) -> Path:
 def test_two_ranks_are_one_run(config, alone, tmp_path, tiny_base, chat_rows):
     """Equal losses, an adapter that verifies, and both models evaluated, from the same global batch of four rows."""
     if "zero" in config:
-        if importlib.util.find_spec("deepspeed") is None:
-            pytest.skip("deepspeed is not installed")
-        if shutil.which("g++") is None:
-            pytest.skip("DeepSpeed compiles its CPU communication when it starts, and there is no compiler")
+        need_deepspeed()
     path, two = write_recipe(tmp_path, tiny_base, chat_rows), tmp_path / "run"
     is_merged = config == "cpu_ddp"  # reads the adapter from disk, whoever trained it
     together = launch(config, path, "training.per_device_train_batch_size=2", f"export.merge={str(is_merged).lower()}")
@@ -76,6 +80,35 @@ def test_two_ranks_are_one_run(config, alone, tmp_path, tiny_base, chat_rows):
     assert losses[two]["tuned"]["value"] == pytest.approx(losses[alone]["tuned"]["value"], rel=0.01)
     assert losses[two]["base"]["value"] == pytest.approx(losses[alone]["base"]["value"], rel=1e-4)
     assert main(["verify", str(two)]) == 0
+
+
+TRAINED_WHOLE = {
+    "drawn head": {"data": {"task": "classification"}, "evaluation": {"generate": 32, "max_new_tokens": 128}},
+    "16-bit biases": {
+        "model": {"dtype": "bfloat16"},
+        "lora": {"bias": "all"},
+        "training": {"learning_rate": 1e-3},  # small ones: DeepSpeed's linear layer rounds before it adds a bias
+    },
+}
+
+
+@pytest.mark.parametrize("case", TRAINED_WHOLE)
+def test_what_zero3_shards_before_it_is_trained(case, tmp_path, chat_rows):
+    """The weights of the base that are trained lie in pieces when they are drawn, or made float32."""
+    need_deepspeed()
+    losses, labels = {}, [{"text": f"{i} {'red' * (i % 3)}", "label": "ab"[i % 2]} for i in range(24)]
+    base = make_base(tmp_path / "base", attention_bias=True)
+    rows = labels if "data" in TRAINED_WHOLE[case] else chat_rows
+    for name in ("alone", "two"):
+        (tmp_path / name).mkdir()
+        path = recipe_writer(tmp_path / name, base, rows)(**TRAINED_WHOLE[case])
+        if name == "alone":
+            assert main(["train", str(path)]) == 0
+        else:
+            together = launch("cpu_zero3", path, "training.per_device_train_batch_size=2")
+            assert together.returncode == 0, together.stderr[-4000:]
+        losses[name] = read_losses(tmp_path / name / "run")
+    assert losses["two"] == pytest.approx(losses["alone"], rel=0.01)
 
 
 def test_fault_of_a_recipe_is_said_once_and_ends_the_launch(recipe_file, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 from lora_ft.errors import UserError
 from lora_ft.model.planning import describe_work
-from lora_ft.recipe import OWNED_ELSEWHERE, dump_recipe, load_recipe
+from lora_ft.recipe import OWNED_ELSEWHERE, check_buildable, dump_recipe, load_recipe
 
 GOOD = """\
 output_dir: runs/x
@@ -97,6 +97,37 @@ def test_all_faults_come_at_once(tmp_path):
     assert f"{path}:9  training.lr: 3\n  trl.SFTConfig (" in message
     assert f'{path}:10  exprot\n  A recipe has no section of that name. Did you mean "export"?' in message
     assert "command line  data.split.validation: 1.2\n  A share lies between 0 and 1. Write 0.1 for a tenth." in message
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("quantization.bnb_4bit_compute_dtype=bf16", "Expected one of bfloat16, float16, float32."),
+        ("quantization.bnb_4bit_quant_type=nf5", "Expected one of nf4, fp4."),
+        ("training.optim=null", "This field has no empty value."),
+        ("training.lr_scheduler_type=null", "This field has no empty value."),
+        ("export.push_to=no such name!!/x/y", "A repository on the Hub is named ORG/NAME."),
+        ("export.push_to=onlyname", "A repository on the Hub is named ORG/NAME."),
+    ],
+)
+def test_values_that_would_be_refused_much_later(tmp_path, override, message):
+    found = faults_of(tmp_path, GOOD, "quantization.load_in_4bit=true", override)
+    assert f"command line  {override.replace('=', ': ')}\n  {message}" in found
+
+
+def test_null_is_a_value_where_the_library_has_one(tmp_path):
+    overrides = ["training.save_total_limit=null", "training.report_to=null", "lora.target_modules=null"]
+    training = load_recipe(write(tmp_path, GOOD), overrides).training
+    assert training["save_total_limit"] is None and training["report_to"] is None
+
+
+def test_whatever_a_library_refuses_with_is_a_fault():
+    """`BitsAndBytesConfig(bnb_4bit_compute_dtype="bf16")` raises AttributeError."""
+    from transformers import BitsAndBytesConfig
+
+    fields = {"load_in_4bit": True, "bnb_4bit_compute_dtype": "bf16"}
+    with pytest.raises(UserError, match="bf16"):
+        check_buildable("quantization", BitsAndBytesConfig, fields, "recipe")
 
 
 def test_checkpointing_has_one_name_here_and_may_have_either_in_a_recipe(tmp_path):

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import re
 import warnings
-from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_ft.errors import Fault, UserError, raise_faults
-from lora_ft.model.load import CLASSIFIER_HEADS
+from lora_ft.errors import UserError, raise_faults
+from lora_ft.model.adapter_faults import find_idle, find_impossible, is_quantised, rewrites_base
+from lora_ft.model.load import CLASSIFIER_HEADS, FLOATING_HEADS
 from lora_ft.recipe import check_buildable, library_part
 from lora_ft.sections import Task
 
 if TYPE_CHECKING:
+    import torch
     from peft import LoraConfig, PeftModel
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
 START = "weights_taken_from_base"
@@ -44,7 +49,6 @@ def attach_adapter(
     Raises:
         UserError: PEFT refuses the settings, they cannot work on this base, or nothing would be trained.
     """
-    import torch
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
 
@@ -55,20 +59,18 @@ def attach_adapter(
         model = _load_trainable(model, Path(adapter))
     else:
         fields = library_part(lora)
-        raise_faults(_impossible(model, fields))
-        loftq = fields.get("init_lora_weights") == "loftq" and _is_quantised(model)
+        raise_faults(find_impossible(model, fields))
+        loftq = fields.get("init_lora_weights") == "loftq" and is_quantised(model)
         if loftq:  # PEFT's own LoftQ wants an unquantised base in memory; below, tensor by tensor from the files
             fields = {**fields, "init_lora_weights": True}
         config = check_buildable("lora", LoraConfig, {**fields, "task_type": TASK_TYPES[task]}, "recipe")
         model = call_peft(get_peft_model, model, config)
-        if _rewrites_base(fields):
+        raise_faults(find_idle(model, fields))
+        if rewrites_base(fields):
             _remember_start(model)
         if loftq:
             _start_from_loftq(model, base_folder)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(torch.float32)
-    _widen_head_input(model)
+    _widen_trained(model)
     if count_trainable(model) == 0:
         raise UserError("lora", None, "No parameter would be trained.", "Check lora.target_modules.")
     return model
@@ -83,12 +85,19 @@ def load_weights(model: PeftModel, folder: Path) -> None:
     """Sets the adapter's weights to those that lie in `folder`.
 
     Raises:
-        UserError: they are those of an adapter of another shape.
+        UserError: they are those of an adapter of another shape, or of one on a base that its start had rewritten.
     """
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
     fix = "Use the lora section they were trained with, or give --fresh."
+    wanted = model.active_peft_config.init_lora_weights
+    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    start = settings.get("init_lora_weights", True)
+    if start != wanted and any(rewrites_base({"init_lora_weights": each}) for each in (start, wanted)):
+        rule = f"They fit the weights that init_lora_weights: {start} leaves in the base, and not those of {wanted}."
+        other = "Name them as model.adapter, without the section lora," if start is True else f"Write {start},"
+        raise UserError("lora.init_lora_weights", str(folder), rule, f"{other} or give --fresh.")
     try:
         result = set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
     except RuntimeError as fault:  # torch's word for tensors of another shape
@@ -121,9 +130,9 @@ def on_original_base(
         return tensors, config
     joined = dict(tensors)
     for key, first in start.items():
-        if ".lora_A." in key:
+        if ".lora_A." in key or key.endswith(".lora_embedding_A"):
             joined[key] = torch.cat([tensors[key], first]).contiguous()
-        elif ".lora_B." in key:
+        elif ".lora_B." in key or key.endswith(".lora_embedding_B"):
             joined[key] = torch.cat([tensors[key], -first], dim=1).contiguous()
     growth = 2**0.5 if config.use_rslora else 2  # keeps alpha / r, or alpha / √r, as it was
     config = replace(
@@ -137,28 +146,95 @@ def on_original_base(
     return joined, config
 
 
-def _rewrites_base(lora: dict[str, Any]) -> bool:
-    start = lora.get("init_lora_weights", True)
-    return isinstance(start, str) and start.partition("_")[0] in {"pissa", "olora", "corda"}
-
-
 def _draw_head(model: PreTrainedModel) -> None:
     """Draws a classifier's head anew, so that it follows from the seed and not from what was read before it."""
     for name in CLASSIFIER_HEADS:
         head = getattr(model, name, None)
-        for parameter in head.parameters() if head is not None else ():
-            if parameter.ndim > 1:
-                parameter.data.normal_(std=HEAD_STD)
-            else:
-                parameter.data.zero_()
+        parameters = list(head.parameters()) if head is not None else []
+        with _whole(parameters):
+            for parameter in parameters:
+                if parameter.ndim > 1:
+                    parameter.data.normal_(std=HEAD_STD)
+                else:
+                    parameter.data.zero_()
 
 
-def _widen_head_input(model: PeftModel) -> None:
-    """Gives a trained head, which is float32, what a base in 16 bit hands to it; PEFT does so for LoRA layers alone."""
-    for name, module in model.named_modules():
-        owner, _, kept = name.rpartition(".modules_to_save.")
-        if kept and "." not in kept and owner.rpartition(".")[2] in CLASSIFIER_HEADS:
-            module.register_forward_pre_hook(lambda head, inputs: (inputs[0].to(next(head.parameters()).dtype),))
+def _whole(parameters: list[Any]) -> AbstractContextManager[Any]:
+    """Within it, parameters are whole on every rank; ZeRO-3 shares out afterwards what the first rank made of them."""
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
+
+
+def _widen_trained(model: PeftModel) -> None:
+    """Makes all that is trained float32 where the base computes in 16 bit; PEFT does so for LoRA layers alone.
+
+    A module that is trained whole computes in float32, between a cast of what it gets and one of what it gives. A
+    bias is cast whenever its layer, whose weight stays as it is, is called.
+    """
+    import torch
+    from peft.utils import ModulesToSaveWrapper
+
+    wrappers = {name: module for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)}
+    copies = {part for wrapper in wrappers.values() for part in wrapper.modules_to_save.modules()}
+    for name, wrapper in wrappers.items():
+        _bridge_types(wrapper, keeps_output=name.rpartition(".")[2] in FLOATING_HEADS)
+    for module in model.modules():
+        own = module.named_parameters(recurse=False)
+        dtypes = {name: p.dtype for name, p in own if p.requires_grad and p.dtype != torch.float32}
+        if dtypes and module not in copies:
+            module.forward = _CastAtUse(module, dtypes)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.float32)
+            if hasattr(parameter, "ds_id"):  # ZeRO-3 keeps this rank's part of a weight of the base elsewhere
+                parameter.ds_tensor.data = parameter.ds_tensor.data.to(torch.float32)
+
+
+def _bridge_types(wrapper: Any, keeps_output: bool) -> None:
+    """Casts what trained copies of a module get to their type, and what they give to that of the module itself.
+
+    Logits of a head may stay float32: nothing of the base comes after them.
+    """
+    from accelerate.utils.operations import recursively_apply
+
+    def cast(values: Any, dtype: torch.dtype) -> Any:
+        return recursively_apply(lambda tensor: tensor.to(dtype), values, test_type=_is_floating)
+
+    narrow = next((p.dtype for p in wrapper.original_module.parameters() if _is_floating(p)), None)
+    for trained in wrapper.modules_to_save.values():
+        trained.register_forward_pre_hook(
+            lambda module, args, kwargs: cast((args, kwargs), next(module.parameters()).dtype), with_kwargs=True
+        )
+        if narrow is not None and not keeps_output:
+            trained.register_forward_hook(lambda module, args, output: cast(output, narrow))
+
+
+def _is_floating(value: Any) -> bool:
+    import torch
+
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+class _CastAtUse:
+    """The forward of a layer some of whose parameters are held in float32, and seen by it in the type of the others.
+
+    The gradient reaches the float32 ones. bitsandbytes would otherwise narrow a bias for good when it is called.
+    """
+
+    def __init__(self, layer: nn.Module, dtypes: dict[str, torch.dtype]):
+        self._layer, self._dtypes, self._forward = layer, dtypes, layer.forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        held: dict[str, Any] = self._layer._parameters
+        wide = {name: held[name] for name in self._dtypes}
+        try:
+            held.update({name: parameter.to(self._dtypes[name]) for name, parameter in wide.items()})
+            return self._forward(*args, **kwargs)
+        finally:
+            held.update(wide)
 
 
 def _remember_start(model: PeftModel) -> None:
@@ -180,33 +256,23 @@ def _load_trainable(model: PreTrainedModel, folder: Path) -> PeftModel:
 
 
 def call_peft(function: Any, model: Any, *arguments: Any, **options: Any) -> Any:
-    """What a function of PEFT makes of the model; what PEFT refuses is the user's to change."""
+    """What a function of PEFT makes of the model; what it refuses, or takes and fails over later, is the user's to
+    change.
+    """
+    from peft import LoraConfig
+
+    for config in arguments:
+        if isinstance(config, LoraConfig):
+            raise_faults(find_impossible(model, vars(config)))
+    arguments = copy.deepcopy(arguments)  # PEFT writes into the lists of a config, which are those of the recipe
     try:
         with warnings.catch_warnings():
             if model.get_output_embeddings() is None:  # PEFT warns of a tie to an output layer that is not there
                 warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
             return function(model, *arguments, **options)
-    except (ValueError, TypeError, NotImplementedError, RuntimeError, ImportError) as fault:
+    except (ValueError, TypeError, NotImplementedError, RuntimeError, ImportError, re.error) as fault:
         rule = f"PEFT cannot attach this adapter: {str(fault).strip()}"
         raise UserError("lora", None, rule, "Change the setting it names.") from fault
-
-
-def _is_quantised(model: Any) -> bool:
-    return getattr(model, "quantization_method", None) is not None
-
-
-def _impossible(model: Any, lora: dict[str, Any]) -> Iterator[Fault]:
-    """Starts that read or rewrite the base's weights, where those are not there to be read."""
-    start = lora.get("init_lora_weights", True)
-    if _rewrites_base(lora) and _is_quantised(model):
-        rule = "It decomposes the base's weights, and quantised ones cannot be decomposed."
-        yield Fault("lora.init_lora_weights", start, rule, "Write loftq, or leave the section quantization out.")
-    if start == "loftq" and not _is_quantised(model):
-        rule = "LoftQ makes up for the error of quantisation, and the base is not quantised."
-        yield Fault("lora.init_lora_weights", start, rule, "Add quantization: {load_in_4bit: true}, or write pissa.")
-    if start == "eva":
-        rule = "EVA needs a pass over the data before training, which is not done here."
-        yield Fault("lora.init_lora_weights", start, rule, "Write true, pissa or olora.")
 
 
 def _start_from_loftq(model: PeftModel, base_folder: Path | None) -> None:

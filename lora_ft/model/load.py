@@ -18,7 +18,7 @@ from lora_ft.recipe import check_buildable
 from lora_ft.sections import ModelSection, Task
 
 if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 AUTO_CLASSES: dict[Task, str] = {
     "sft": "AutoModelForCausalLM",
@@ -61,6 +61,25 @@ def find_config(name: str, revision: str | None = None, trust_remote_code: bool 
     folder, _ = _locate(name, revision, [*light, *(["*.py"] if trust_remote_code else [])])
     _check_config(name, folder, trust_remote_code)
     return folder
+
+
+def read_config(folder: Path, section: ModelSection, task: Task) -> PretrainedConfig:
+    """The config of the base in `folder`.
+
+    Raises:
+        UserError: transformers does not know its architecture.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
+    except (OSError, ValueError, ImportError) as fault:
+        raise unreadable(section, task, fault) from fault
+
+
+def is_local(name: str) -> bool:
+    """Whether a base lies on this machine alone, so that its name tells nobody else where it is."""
+    return is_builtin(name) or Path(name).expanduser().is_dir()
 
 
 def load_tokenizer(folder: Path, section: ModelSection, chat_template: str | None = None) -> PreTrainedTokenizerBase:
@@ -107,7 +126,7 @@ def load_base(
         pad_token_id: what rows are padded with; a classifier looks for the last token before it.
 
     Raises:
-        UserError: the weights cannot be read, or do not fill the architecture.
+        UserError: the weights cannot be read, do not fill the architecture, or are stored quantised in another way.
     """
     import torch
     import transformers
@@ -115,7 +134,11 @@ def load_base(
 
     from lora_ft.model.machine import probe_machine
     from lora_ft.model.quant_cache import load_quantised
+    from lora_ft.model.stored import read_stored, refuse_requantising
 
+    if quantization and (stored := read_stored(identity.folder)):
+        refuse_requantising(quantization, stored)
+        quantization = None  # the base's own says the same; given both, transformers warns
     options: dict[str, Any] = {
         "dtype": getattr(torch, section.dtype) if section.dtype != "auto" else "auto",
         "attn_implementation": section.attn_implementation,
@@ -137,7 +160,7 @@ def load_base(
             else:
                 model, info = auto_class.from_pretrained(identity.folder, output_loading_info=True, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as fault:
-        raise _unreadable(section, task, fault) from fault
+        raise unreadable(section, task, fault) from fault
     _refuse_missing(section, info, CLASSIFIER_HEADS if task == "classification" else ())
     use_safe_4bit_kernels(model)
     if task == "seq2seq" and model.generation_config.num_beams in (None, 1):
@@ -209,9 +232,16 @@ def _check_config(name: str, folder: Path, trust_remote_code: bool) -> None:
         settings = json.loads(config.read_text(encoding="utf-8"))
     except ValueError as fault:
         raise UserError("model.base", name, f"{config} is not JSON: {fault}.", "Fetch the base again.") from None
-    if "auto_map" in settings and "model_type" not in settings and not trust_remote_code:
+    if "auto_map" in settings and not trust_remote_code and not _is_known(settings.get("model_type")):
         rule = "This base brings its own Python code."
         raise UserError("model.base", name, rule, "Read that code, then set model.trust_remote_code: true.")
+
+
+def _is_known(model_type: str | None) -> bool:
+    """Whether transformers has this architecture itself."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return model_type in CONFIG_MAPPING_NAMES
 
 
 @contextmanager
@@ -235,7 +265,11 @@ def _refuse_missing(section: ModelSection, info: dict[str, Any], drawn: Sequence
         raise UserError("model.base", section.base, rule, "Fetch the base again, or name one that fits data.task.")
 
 
-def _unreadable(section: ModelSection, task: Task, fault: Exception) -> UserError:
+def unreadable(section: ModelSection, task: Task, fault: Exception) -> UserError:
+    """The error for what transformers says of a base that it cannot make a model of."""
+    if "does not support an attention implementation" in str(fault):
+        fix = "Write model.attn_implementation: eager, or leave it out."
+        return UserError("model.attn_implementation", section.attn_implementation, "This architecture has none.", fix)
     rule, fix = f"It cannot be read: {_first_line(fault)}", "Check the folder."
     if "Unrecognized configuration class" in str(fault):
         rule = f"Its architecture has no {AUTO_CLASSES[task]}, which data.task: {task} is trained with."

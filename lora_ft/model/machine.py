@@ -228,6 +228,11 @@ def _impossible(recipe: Recipe, machine: Machine) -> Iterator[Fault]:
             yield Fault("training.fp16", True, "Half precision has no training kernels on a CPU.", remedy)
         if recipe.training.get("tf32"):
             yield Fault("training.tf32", True, "TF32 is a format of NVIDIA GPUs.", "Remove it.")
+    elif recipe.training.get("use_cpu"):
+        rule = f"The base would lie on {machine.device}, and the batches elsewhere."
+        yield Fault(
+            "training.use_cpu", True, rule, "Remove it; to train on the CPU, hide the GPU (CUDA_VISIBLE_DEVICES=)."
+        )
     if recipe.training.get("bf16") and recipe.training.get("fp16"):
         yield Fault("training.fp16", True, "bf16 and fp16 exclude each other.", "Remove one.")
     if recipe.model.dtype == "float16" and recipe.training.get("bf16"):

@@ -40,13 +40,15 @@ class Workload:
     length: int
     """Tokens of the longest row."""
     quantization: dict[str, Any] | None
-    """Fields of BitsAndBytesConfig."""
+    """Fields of BitsAndBytesConfig; of a base that is stored quantised, its own `quantization_config`."""
     checkpointing: bool
     """Whether activations of layers are computed again instead of kept."""
     accumulation: int = 1
     """Batches a step."""
     optimizer: str = "adamw_torch_fused"
     """As `training.optim`."""
+    attention: str = "sdpa"
+    """As `model.attn_implementation`."""
 
     @property
     def num_tokens(self) -> int:
@@ -133,7 +135,8 @@ def _standing(profile: ModelProfile, work: Workload, hardware: Hardware) -> Iter
     shares = f", 1/{hardware.num_devices} of it" if whole < 1 else ""
     where = 0 if "parameters" in hardware.offload else 1
     linear = int(profile.linear_parameters * bits / 8 * whole) * where
-    yield Cause("base, linear layers", linear, f"{count(profile.linear_parameters)} × {bits:.2f} bit{shares}")
+    note = f"{count(profile.linear_parameters)} × {bits:.2f} bit{shares}{_say_unknown(work.quantization)}"
+    yield Cause("base, linear layers", linear, note)
     mapped_share = 1 - memory_traits(hardware.kind).embedding_share
     is_mapped = bits < 8 or profile.dtype_bytes == 2  # files hold 16 bit, the quantised cache what is computed in
     unread = int(profile.embedding_parameters * mapped_share * is_mapped)
@@ -182,7 +185,12 @@ def _passing(profile: ModelProfile, work: Workload, hardware: Hardware, traits: 
 
 
 def _attention_bytes(profile: ModelProfile, work: Workload, hardware: Hardware) -> int:
-    """What a layer keeps of attention probabilities, where they are made: in matrix products on a CPU."""
+    """What a layer keeps of attention probabilities, where they are made: in matrix products on a CPU, or by `eager`.
+
+    `eager` keeps those of every pair of tokens, in 32 bit as softmax makes them and twice as they are multiplied.
+    """
+    if work.attention == "eager":
+        return work.num_tokens * profile.num_heads * work.length * (4 + 2 * profile.dtype_bytes)
     if work.length > 1024 or not prefers_matmul_attention(hardware.kind, _dtype_of(profile)):
         return 0
     return int(work.num_tokens * profile.num_heads * (work.length / 2 + 64) * profile.dtype_bytes)
@@ -200,13 +208,23 @@ def _bits_per_weight(quantization: dict[str, Any] | None, dtype_bytes: int) -> f
     """
     if not quantization:
         return 8.0 * dtype_bytes
-    if quantization.get("load_in_8bit"):
+    if quantization.get("load_in_8bit") or quantization.get("quant_method") == "fp8":
         return 8.0
+    if "bits" in quantization:  # GPTQ, AWQ and their kind: a scale of 16 bit for each group, or for a whole row (-1)
+        group_size = quantization.get("group_size") or -1
+        return quantization["bits"] + (16 / group_size if group_size > 0 else 0)
     if not quantization.get("load_in_4bit"):
         return 8.0 * dtype_bytes
     if quantization.get("bnb_4bit_use_double_quant"):
         return 4 + 8 / BLOCK_SIZE + 32 / (BLOCK_SIZE * 256)
     return 4 + 32 / BLOCK_SIZE
+
+
+def _say_unknown(quantization: dict[str, Any] | None) -> str:
+    """A warning where weights are stored in a way whose size is not known; they are counted as if they were plain."""
+    fields = quantization or {}
+    is_counted = "bits" in fields or fields.get("quant_method", "bitsandbytes") in ("bitsandbytes", "fp8")
+    return "" if is_counted else f", at most: the plan does not know the size of {fields['quant_method']} weights"
 
 
 def _ranks(hardware: Hardware, from_stage: int) -> int:

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from lora_ft.errors import UserError
+from lora_ft.model.load import read_config, unreadable
 from lora_ft.model.memory import Hardware, MemoryPlan, Workload, plan_step
 from lora_ft.model.profile import ModelProfile, profile_model
+from lora_ft.model.stored import read_stored, settle_attention, settle_quantization
 from lora_ft.sections import Choice, Recipe
 
 AUTO = "auto"
@@ -74,13 +76,19 @@ def plan_memory(recipe: Recipe, base_folder: Path, hardware: Hardware, longest: 
 
     Rows have `longest` tokens where the data are known, and else as many as `data.max_length` allows.
 
-    What the recipe leaves open is settled on the way: gradient checkpointing is chosen only if the step does not fit
-    without, and `per_device_train_batch_size: auto` becomes the largest batch that fits.
+    What the recipe leaves open is settled on the way: attention and 4-bit arithmetic are those the base has, gradient
+    checkpointing is chosen only if the step does not fit without, and `per_device_train_batch_size: auto` becomes the
+    largest batch that fits.
+
+    Raises:
+        UserError: the base is of no architecture that can learn the task, or has not what the recipe asks of it.
     """
+    recipe = settle_quantization(recipe, base_folder)
     profile = profile_recipe(recipe, base_folder)
-    recipe, work = _settle_checkpointing(
-        *_settle_batch(recipe, describe_work(recipe, longest), profile, hardware), profile, hardware
-    )
+    recipe = settle_attention(recipe, profile.attentions)
+    work = describe_work(recipe, longest)
+    work = replace(work, quantization=read_stored(base_folder) or work.quantization)
+    recipe, work = _settle_checkpointing(*_settle_batch(recipe, work, profile, hardware), profile, hardware)
     plan = plan_step(profile, work, hardware)
     changes = () if plan.fits else find_changes(Step(profile, work, hardware), (recipe.lora or {}).get("r", 8))
     return RecipePlan(recipe, work, plan, changes)
@@ -116,19 +124,24 @@ def parse_memory(text: str) -> int:
 
 
 def profile_recipe(recipe: Recipe, base_folder: Path) -> ModelProfile:
-    """The profile of the recipe's base with its adapter."""
-    from transformers import AutoConfig
+    """The profile of the recipe's base with its adapter.
 
-    config = AutoConfig.from_pretrained(base_folder, trust_remote_code=recipe.model.trust_remote_code)
-    lora = recipe.lora
+    Raises:
+        UserError: transformers has no model of this architecture for the task.
+    """
+    model, task, lora = recipe.model, recipe.data.task, recipe.lora
+    config = read_config(base_folder, model, task)
     if lora is None:
         from peft import PeftConfig
 
-        assert recipe.model.adapter is not None, "a recipe has a section lora, or goes on with an adapter"
-        lora = {k: v for k, v in PeftConfig.from_pretrained(recipe.model.adapter).to_dict().items() if k in LORA_SHAPE}
-    dtype = recipe.model.dtype if recipe.model.dtype != AUTO else "bfloat16"
-    skipped = tuple((recipe.quantization or {}).get("llm_int8_skip_modules") or ())
-    return profile_model(config, dtype, lora, skipped)
+        assert model.adapter is not None, "a recipe has a section lora, or goes on with an adapter"
+        lora = {k: v for k, v in PeftConfig.from_pretrained(model.adapter).to_dict().items() if k in LORA_SHAPE}
+    dtype = model.dtype if model.dtype != AUTO else "bfloat16"
+    skipped = tuple((read_stored(base_folder) or recipe.quantization or {}).get("llm_int8_skip_modules") or ())
+    try:
+        return profile_model(config, dtype, lora, skipped, task, model.trust_remote_code)
+    except (OSError, ValueError, ImportError) as fault:
+        raise unreadable(model, task, fault) from fault
 
 
 def describe_work(recipe: Recipe, longest: int | None = None) -> Workload:
@@ -142,6 +155,7 @@ def describe_work(recipe: Recipe, longest: int | None = None) -> Workload:
         checkpointing=bool(training.get("gradient_checkpointing", False)),
         accumulation=training.get("gradient_accumulation_steps", 1),
         optimizer=training.get("optim", "adamw_torch_fused"),
+        attention=recipe.model.attn_implementation or "sdpa",
     )
 
 
@@ -241,7 +255,8 @@ def _smaller_batch(step: Step, rank: int) -> Shrunk:
 
 
 def _quantise(step: Step, rank: int) -> Shrunk:
-    if not (step.work.quantization or {}).get("load_in_4bit"):
+    held = step.work.quantization or {}
+    if "quant_method" not in held and not held.get("load_in_4bit"):  # a base that is stored quantised stays so
         fields = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
         settings = {f"quantization.{key}": value for key, value in fields.items()}
         yield settings, replace(step, work=replace(step.work, quantization=fields))

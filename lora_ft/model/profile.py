@@ -13,14 +13,18 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
-from lora_ft.model.adapter import call_peft
+from lora_ft.model.adapter import TASK_TYPES, call_peft
+from lora_ft.model.load import AUTO_CLASSES, CLASSIFIER_HEADS
 from lora_ft.recipe import check_buildable, library_part
+from lora_ft.sections import Task
 
 PROBES = (64, 128)
 """Tokens of the two forward passes that are counted; between them lies what grows with tokens, and what does not."""
+ATTENTION_FLAGS = {"flash_attention_2": "_supports_flash_attn", "sdpa": "_supports_sdpa"}
+"""Attention → the flag of a class in transformers that has it."""
 
 
 @dataclass(frozen=True)
@@ -55,27 +59,39 @@ class ModelProfile:
     """Heads of attention."""
     dtype_bytes: int
     """Bytes of a number in the forward pass."""
+    attentions: tuple[str, ...]
+    """Attentions of transformers that the architecture has, the fastest first."""
 
 
-def profile_model(config: Any, dtype: str, lora: dict[str, Any], skip_modules: tuple[str, ...] = ()) -> ModelProfile:
-    """The profile of a model of this config with an adapter, computing in `dtype`; without the head of a classifier.
+def profile_model(
+    config: Any,
+    dtype: str,
+    lora: dict[str, Any],
+    skip_modules: tuple[str, ...] = (),
+    task: Task = "sft",
+    trust_remote_code: bool = False,
+) -> ModelProfile:
+    """The profile of a model of this config for a task with an adapter, computing in `dtype`.
 
     An encoder-decoder is given as many tokens on either side, which is the most that both can have.
 
     `skip_modules` are those that `llm_int8_skip_modules` keeps from quantisation.
+
+    Raises:
+        ValueError: the architecture has no model for the task.
     """
     import torch
 
     with torch.device("meta"):
-        model = _build_on_meta(config, getattr(torch, dtype))
+        model = _build_on_meta(config, getattr(torch, dtype), task, trust_remote_code)
         matrices = _find_matrices(model, skip_modules)
         sizes = [weight.numel() for weight in matrices]
         total = sum(parameter.numel() for parameter in model.parameters())
-        embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-        table = 0 if embeddings is head else embeddings.numel()
+        embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+        table = 0 if head is not None and head.weight is embeddings else embeddings.numel()
         layers = _find_layers(model)
         layer_parameters = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
-        tuned = _attach_on_meta(model, lora)
+        tuned = _attach_on_meta(model, lora, task)
         few, many = (_count_kept(tuned, layers, count) for count in PROBES)
     slope = {key: (many[key] - few[key]) // (PROBES[1] - PROBES[0]) for key in many}
     text = config.get_text_config()
@@ -87,25 +103,31 @@ def profile_model(config: Any, dtype: str, lora: dict[str, Any], skip_modules: t
         trained_parameters=sum(p.numel() for p in tuned.parameters() if p.requires_grad),
         layer_parameters=layer_parameters,
         layer_bytes=tuple(slope.get(index, 0) for index in range(len(layers))),
-        outer_bytes=slope[None],
+        outer_bytes=slope.get(None, 0),
         fixed_bytes=sum(few[key] - slope[key] * PROBES[0] for key in many),
         hidden_size=text.hidden_size,
         widest=max(max(weight.shape) for weight in matrices),
         vocab_size=text.vocab_size,
         num_heads=text.num_attention_heads,
         dtype_bytes=getattr(torch, dtype).itemsize,
+        attentions=(*(name for name, flag in ATTENTION_FLAGS.items() if getattr(model, flag)), "eager"),
     )
 
 
-def _build_on_meta(config: Any, dtype: Any) -> Any:
-    from transformers import AttentionInterface, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+def _build_on_meta(config: Any, dtype: Any, task: Task, trust_remote_code: bool) -> Any:
+    import transformers
+    from transformers import AttentionInterface
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     AttentionInterface.register("profile", _attend)
     ALL_EXPERTS_FUNCTIONS.register("profile", _run_experts)
     options = {"dtype": dtype, "attn_implementation": "profile", "experts_implementation": "profile"}
-    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    return auto_class.from_config(config, **options).requires_grad_(False)
+    build = partial(getattr(transformers, AUTO_CLASSES[task]).from_config, config, trust_remote_code=trust_remote_code)
+    try:
+        model = build(**options)
+    except KeyError:  # code beside a base may know attentions by name, and only those
+        model = build(**{**options, "attn_implementation": "eager"})
+    return model.requires_grad_(False)
 
 
 def _find_matrices(model: Any, skip_modules: tuple[str, ...]) -> list[Any]:
@@ -117,16 +139,19 @@ def _find_matrices(model: Any, skip_modules: tuple[str, ...]) -> list[Any]:
     return [
         module.weight
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and module is not head and not any(s in name for s in skip_modules)
+        if isinstance(module, (nn.Linear, Conv1D))
+        and module is not head
+        and name.partition(".")[0] not in CLASSIFIER_HEADS
+        and not any(s in name for s in skip_modules)
     ]
 
 
-def _attach_on_meta(model: Any, lora: dict[str, Any]) -> Any:
+def _attach_on_meta(model: Any, lora: dict[str, Any], task: Task) -> Any:
     """The model with the adapter, all in the type the model computes in, as autocast has it."""
     from peft import LoraConfig, get_peft_model
 
     fields = {key: value for key, value in library_part(lora).items() if key != "init_lora_weights"}
-    config = check_buildable("lora", LoraConfig, {**fields, "task_type": "CAUSAL_LM"}, "recipe")
+    config = check_buildable("lora", LoraConfig, {**fields, "task_type": TASK_TYPES[task]}, "recipe")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what PEFT has to say, it says of the model that is trained
         tuned = call_peft(get_peft_model, model, config, autocast_adapter_dtype=False)

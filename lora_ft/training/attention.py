@@ -127,13 +127,25 @@ def document_attention(model: Any) -> Iterator[None]:
     AttentionInterface.register(DOCUMENTS, attend_documents)
     AttentionMaskInterface.register(DOCUMENTS, mask_documents)
     was_sdpa = model.config._attn_implementation == "sdpa"
+    copied: list[Any] = []
     if was_sdpa:
         model.set_attn_implementation(DOCUMENTS)
+        copied = _find_configs(model, "sdpa")
+    for config in copied:
+        config._attn_implementation = DOCUMENTS
     try:
         yield
     finally:
         if was_sdpa:
             model.set_attn_implementation("sdpa")
+        for config in copied:
+            config._attn_implementation = "sdpa"
+
+
+def _find_configs(model: nn.Module, attention: str) -> list[Any]:
+    """Configs with this attention of single modules; PEFT copies a layer, to train or to repeat it, with its config."""
+    owned = {id(config): config for module in model.modules() if (config := module.__dict__.get("config")) is not None}
+    return [config for config in owned.values() if getattr(config, "_attn_implementation", None) == attention]
 
 
 @torch.no_grad()

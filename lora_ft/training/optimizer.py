@@ -18,6 +18,7 @@ def create_loraplus(trainer: Any, ratio: float) -> Any:
         optimizer_cls=kind,
         lr=options.pop("lr"),
         loraplus_lr_ratio=ratio,
+        loraplus_lr_embedding=trainer.args.learning_rate,  # PEFT's own is 1e-6, whatever the rate of the others
         loraplus_weight_decay=trainer.args.weight_decay,
         **options,
     )

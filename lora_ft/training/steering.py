@@ -5,29 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lora_ft.errors import Fault, raise_faults
+from lora_ft.errors import Fault
 from lora_ft.recipe import EARLY_STOPPING
-from lora_ft.sections import Recipe
+from lora_ft.sections import Recipe, Task
 
-STEERING_METRICS = ("loss", "mean_token_accuracy")
-"""What every evaluation during training measures, and what a best checkpoint can therefore be chosen by."""
-
-
-def check_steering(recipe: Recipe) -> None:
-    """Nothing, if every metric that steers training will be there at the first evaluation.
-
-    Raises:
-        UserError: a best checkpoint or early stopping by something that is not measured, or never.
-    """
-    raise_faults(_unmeasured(recipe))
+STEERING_METRICS: dict[Task, tuple[str, ...]] = {
+    "sft": ("loss", "mean_token_accuracy"),
+    "classification": ("loss", "accuracy"),
+    "seq2seq": ("loss", "mean_token_accuracy"),
+}
+"""`data.task` → what every evaluation during training measures, and what a best checkpoint can be chosen by."""
 
 
-def _unmeasured(recipe: Recipe) -> Iterator[Fault]:
+def check_steering(recipe: Recipe) -> Iterator[Fault]:
+    """A fault for each best checkpoint or early end by a metric that evaluations do not give, or never."""
     training, patience = recipe.training, recipe.training.get(EARLY_STOPPING)
     metric = training.get("metric_for_best_model")
-    if metric is not None and str(metric).removeprefix("eval_") not in STEERING_METRICS:
-        rule = f"Evaluations during training measure {' and '.join(STEERING_METRICS)}."
-        yield Fault("training.metric_for_best_model", metric, rule, "Write loss, or leave it out.")
+    measured = STEERING_METRICS[recipe.data.task]
+    if metric is not None and str(metric).removeprefix("eval_") not in measured:
+        rule = f"Evaluations during training measure {' and '.join(measured)}."
+        yield Fault("training.metric_for_best_model", metric, rule, "Write one of these, or leave it out.")
     if patience is not None and metric is None and not training.get("load_best_model_at_end"):
         rule = "Without training.metric_for_best_model nothing says which evaluation is better."
         yield Fault(f"training.{EARLY_STOPPING}", patience, rule, "Write training.metric_for_best_model: loss.")

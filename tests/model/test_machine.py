@@ -59,9 +59,10 @@ def test_what_the_recipe_says_stands():
         ({}, {"fp16": True, "bf16": True}, AMPERE),
         ({"dtype": "float16"}, {"bf16": True}, AMPERE),
         ({"dtype": "bfloat16"}, {"fp16": True}, AMPERE),
+        ({}, {"use_cpu": True}, AMPERE),  # as a recipe says that was resolved on a CPU
     ],
 )
-def test_impossible_number_formats_are_refused(model, training, machine):
+def test_impossible_settings_are_refused(model, training, machine):
     """Failure mode 25."""
     with pytest.raises(UserError):
         choose_settings(make_recipe(model=model, **training), machine)

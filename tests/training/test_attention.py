@@ -4,6 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_ft.training import attention
@@ -185,6 +186,28 @@ def test_other_ways_to_attend_are_left_alone():
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SHAPE), attn_implementation="eager")
     with document_attention(model):
         assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"target_modules": ["q_proj"], "layer_replication": [[0, 2], [1, 2]]},
+        {"target_modules": ["up_proj"], "modules_to_save": ["self_attn"]},
+    ],
+    ids=["repeated", "trained whole"],
+)
+def test_layers_that_peft_copies_attend_by_document_too(lora):
+    """Each copy has a copy of the config, which the model's own does not reach."""
+    tuned = get_peft_model(build_model(), LoraConfig(task_type="CAUSAL_LM", **lora)).eval()
+    model, batch = tuned.get_base_model(), pack(ROWS["one row"])
+    configs = [module.config for module in model.modules() if hasattr(module, "config")]
+    with torch.no_grad():
+        logits = model(**batch, use_cache=False).logits
+        with document_attention(model):
+            assert {config._attn_implementation for config in configs} == {DOCUMENTS}
+            ours = model(**batch, use_cache=False).logits
+    assert {config._attn_implementation for config in configs} == {"sdpa"}
+    assert torch.allclose(ours, logits, atol=1e-4)
 
 
 def test_the_name_does_not_leak_into_saved_configs(tmp_path):

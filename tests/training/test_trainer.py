@@ -115,8 +115,9 @@ def test_loss_does_not_depend_on_how_the_batch_is_split(section, tokenizer, tmp_
 
 
 def test_loraplus_trains_b_faster(section, tokenizer, tmp_path):
+    """The two factors of an embedding at the recipe's own rate; PEFT's default for them is 1e-6."""
     arguments = build_arguments({**QUIET, "max_steps": 1, "learning_rate": 1e-3}, tmp_path)
-    model = make_model(section)
+    model = make_model(section, target_modules=["q_proj", "embed_tokens"])
     trainer = build_trainer(model, tokenizer, make_rows(), None, arguments, loraplus_ratio=16.0, quiet=True)
     trainer.create_optimizer()
     rates = {}
@@ -125,6 +126,7 @@ def test_loraplus_trains_b_faster(section, tokenizer, tmp_path):
         rates |= {names[id(p)]: group["lr"] for p in group["params"]}
     assert {rate for name, rate in rates.items() if "lora_A" in name} == {1e-3}
     assert {rate for name, rate in rates.items() if "lora_B" in name} == {1.6e-2}
+    assert {rate for name, rate in rates.items() if "lora_embedding" in name} == {1e-3}
 
 
 def test_nothing_is_sent(section, tokenizer, tmp_path, monkeypatch):
