@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from lora_ft.data.calls import check_call, check_tools, squeeze
+from lora_ft.data.calls import check_call, check_tools, squeeze, write_forms
 from lora_ft.data.example import Message
 from lora_ft.data.fields import BadRow, shorten
 from lora_ft.data.template import PROBE, ChatTemplate
@@ -97,8 +97,9 @@ def find_content(
     probed = {**message, "content": message["content"].replace(said, PROBE, 1)}
     other = template.render([*messages[:index], probed, *messages[index + 1 :]], tools, prompt)
     start = other.find(PROBE)
-    if said and text == other[:start] + said + other[start + len(PROBE) :]:
-        return Span(start, start + len(said))
+    for written in write_forms(said):  # of a tool, as JSON perhaps
+        if text == other[:start] + written + other[start + len(PROBE) :]:
+            return Span(start, start + len(written))
     rule = "The chat template rewrites this message, so that it cannot be left out of what is learned."
     raise BadRow(f"messages[{index}].content", shorten(said), rule, "Take away its `train` or `weight`.")
 

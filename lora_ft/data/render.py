@@ -181,7 +181,7 @@ class Renderer:
         answers = [index for index in indices if messages[index]["role"] == ANSWERING_ROLE]
         text, spans = find_answers(template, messages, example.tools, answers, prompt)
         flagged = [(span, index in learned) for index, found in zip(answers, spans, strict=True) for span in found]
-        others = [index for index in indices if index not in answers and messages[index].get("content")]
+        others = [index for index in indices if index not in answers and messages[index].get("content", "").strip()]
         flagged += [(find_content(template, text, messages, example.tools, i, prompt), False) for i in others]
         return cut_text(text, sorted(flagged), elsewhere=self._train_on == "all")
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lora_ft.errors import Fault
+from lora_ft.model.load import CLASSIFIER_HEADS
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -40,14 +41,13 @@ def find_idle(model: PeftModel, lora: Mapping[str, Any]) -> Iterator[Fault]:
     adapted = [*model.base_model.targeted_module_names, *model.base_model.targeted_parameter_names]
     modules = [name for name, _ in model.get_base_model().named_modules()]
     whole = [name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
-    asked = (
-        model.peft_config[model.active_adapter].target_modules or ()
-    )  # PEFT has put those of fused experts elsewhere
+    asked = model.active_peft_config.target_modules or ()  # PEFT has put those of fused experts elsewhere
+    heads = CLASSIFIER_HEADS if any(name.endswith(CLASSIFIER_HEADS) for name in whole) else ()  # PEFT names them all
     fits: dict[str, Callable[[str], bool]] = {
         "target_modules": lambda entry: entry not in asked or _ends_with_part(adapted, entry),
         "target_parameters": lambda entry: _ends_with_part(adapted, entry),
         "exclude_modules": lambda entry: _ends_with_part(modules, entry),
-        "modules_to_save": lambda entry: any(name.endswith(entry) for name in whole),
+        "modules_to_save": lambda entry: entry in heads or any(name.endswith(entry) for name in whole),
     }
     for key in ("rank_pattern", "alpha_pattern"):
         chosen = {get_pattern_key(list(lora.get(key) or ()), name) for name in adapted}

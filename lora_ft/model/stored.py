@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_ft.errors import Fault, UserError, raise_faults
-from lora_ft.model.load import build_quantization, is_local, read_config
+from lora_ft.model.load import FLOATING_HEADS, build_quantization, is_local, read_config
 from lora_ft.sections import Choice, Recipe
 
 if TYPE_CHECKING:
@@ -81,16 +81,17 @@ def refuse_requantising(asked: dict[str, Any], stored: dict[str, Any]) -> None:
     own, wanted = _written_out(stored), _written_out(asked)
     raise_faults(
         Fault(f"quantization.{key}", asked[key], f"This base is stored quantised, and with {own[key]}.", fix)
-        for key in asked
-        if wanted[key] != own[key]
+        for key, value in asked.items()
+        if value is not None and wanted[key] != own[key]
     )
 
 
 def _written_out(fields: dict[str, Any]) -> dict[str, Any]:
-    """All fields of BitsAndBytesConfig, as plain values."""
+    """All fields of BitsAndBytesConfig, as plain values; the layers left alone in order, heads among them."""
     config = build_quantization({key: value for key, value in fields.items() if not key.startswith("_")})
     assert config is not None
-    return config.to_dict()
+    skipped = sorted({*(config.llm_int8_skip_modules or ()), *FLOATING_HEADS})
+    return {**config.to_dict(), "llm_int8_skip_modules": skipped}
 
 
 def check_export(recipe: Recipe, base_folder: Path) -> Iterator[Fault]:

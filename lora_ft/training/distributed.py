@@ -238,8 +238,8 @@ def _check_devices(launch: Launch, recipe: Recipe) -> Iterator[Fault]:
     if launch.world_size > 1 and use_cpu is False and not launch.forces_cpu and probe_machine().device == "cpu":
         rule = f"There is no GPU here, so all {launch.world_size} processes would train alone, into one folder."
         yield Fault("training.use_cpu", False, rule, "Remove it.")
-    loading = recipe.training.get("accelerator_config") or {}
-    if launch.world_size > 1 and loading.get("even_batches") is False:
+    loading = recipe.training.get("accelerator_config")
+    if launch.world_size > 1 and isinstance(loading, dict) and loading.get("even_batches") is False:
         rule = "Ranks with a batch less would be waited for without end."
         yield Fault("training.accelerator_config.even_batches", False, rule, "Remove it.")
 

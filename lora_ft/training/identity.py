@@ -110,11 +110,11 @@ def find_differences(path: Path, old: Identity, new: Identity) -> Iterator[Fault
 
 def find_changes(path: Path, manifest: dict[str, Any], base_fingerprint: str, data_fingerprint: str) -> Iterator[Fault]:
     """One fault for each thing that is no longer as the run in `path` had it; its test rows may be others now."""
-    fix = "Bring back what it was trained with, or train again."
+    fix = "Bring back what it was trained with, the lora_ft that run.json names too, or train again."
     if manifest["base"]["fingerprint"] != base_fingerprint:
         yield Fault("model.base", None, f"The run in {path} was trained on other weights.", fix)
     if manifest["identity"]["decisive"]["data"] != data_fingerprint:
-        yield Fault("data", None, f"The run in {path} was trained on other rows, or on rows rendered otherwise.", fix)
+        yield Fault("data", None, f"The run in {path} was trained on other rows, or on rows prepared otherwise.", fix)
 
 
 def describe_changes(old: Identity, new: Identity) -> Iterator[str]:

@@ -63,7 +63,8 @@ def _unavailable(arguments: TrainingArguments, num_rows: int) -> Iterator[Fault]
     if getattr(arguments, "activation_offloading", False) and arguments.device.type == "cpu":
         rule = "Activations are offloaded from a GPU, and there is none."
         yield Fault("training.activation_offloading", True, rule, "Leave it out.")
-    known = inspect.signature(torch.utils.checkpoint.checkpoint).parameters.keys() - {"function", "args", "kwargs"}
+    named = inspect.signature(torch.utils.checkpoint.checkpoint).parameters.keys() - {"function", "args", "kwargs"}
+    known = {*named, "preserve_rng_state"}  # which it takes out of its `kwargs`
     for key, value in (arguments.gradient_checkpointing_kwargs or {}).items():
         if key not in known:
             rule = f"torch.utils.checkpoint takes {', '.join(sorted(known))}."

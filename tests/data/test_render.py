@@ -362,6 +362,15 @@ def test_a_muted_question_is_left_out_of_what_is_learned(name, flag):
     assert render_example(example, tokenizer, SECTION).num_supervised_tokens
 
 
+def test_a_muted_message_that_the_template_writes_as_json_is_left_out():
+    tokenizer = mend("chatml", "message.content", "(message.content | tojson)")
+    system = {"role": "system", "content": " ", "train": False}
+    example = convert({"messages": [system, user('a "word"\nand more', train=False), assistant("7")]})
+    document = render_example(example, tokenizer, replace(SECTION, train_on="all"))
+    said = "".join(supervised(tokenizer, document))
+    assert "word" not in said and "and more" not in said and "7" in said
+
+
 def test_a_muted_message_that_the_template_rewrites_is_refused():
     tokenizer = mend("chatml", "message.content", "(message.content | upper)")
     example = convert({"messages": [user("Hi", train=False), assistant("NO")]})

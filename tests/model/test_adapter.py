@@ -270,6 +270,16 @@ def test_names_that_match_are_not(tiny_base):
     attach_adapter(fresh_base(tiny_base), lora)
 
 
+def test_a_classifier_has_one_head_of_those_that_peft_names():
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForSequenceClassification(LlamaConfig(**shape, vocab_size=64))
+    lora = {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["classifier", "score"]}
+    tuned = attach_adapter(model, lora, task="classification")
+    assert any("score" in name for name, parameter in tuned.named_parameters() if parameter.requires_grad)
+
+
 def test_experts_go_by_the_names_they_had_before_they_were_fused():
     """PEFT makes gate_up_proj of them, and a rank pattern of its own."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM

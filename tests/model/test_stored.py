@@ -174,6 +174,12 @@ def test_a_section_that_a_stored_base_contradicts_is_refused(recipe_file, store)
     assert "with fp4. Remove the section quantization" in str(caught.value)
 
 
+@pytest.mark.parametrize("skipped", [None, ["visual"], ["visual", "lm_head"]])
+def test_layers_that_a_stored_base_left_alone_may_be_named_again_or_not(recipe_file, store, skipped):
+    base = store(quant_method="bitsandbytes", **NF4, llm_int8_skip_modules=["lm_head", "visual"])
+    plan(recipe_file, base, quantization={**NF4, "llm_int8_skip_modules": skipped})
+
+
 def test_a_section_for_a_base_stored_by_another_library_is_refused(recipe_file, store):
     with pytest.raises(UserError, match="stored quantised by gptq"):
         plan(recipe_file, store(quant_method="gptq", bits=4, group_size=128), quantization=NF4)

@@ -46,7 +46,7 @@ def test_all_faults_are_said_at_once(tmp_path):
         {"optim": "adamw_8bit"},
         {"optim": "adafactor"},
         {"optim": "sgd", "lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 1},
-        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"preserve_rng_state": False}},
         {"dataloader_drop_last": True, "per_device_train_batch_size": 8},
     ],
     ids=str,
