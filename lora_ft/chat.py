@@ -44,7 +44,7 @@ def chat(
     return said
 
 
-def _load(folder: Path, trust_remote_code: bool) -> tuple[Any, Any, bool]:
+def _load(folder: Path, trust_remote_code: bool = False) -> tuple[Any, Any, bool]:
     """Model and tokenizer, and whether the model carries an adapter."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -66,6 +66,9 @@ def _load(folder: Path, trust_remote_code: bool) -> tuple[Any, Any, bool]:
         if (adapter / GENERATION_NAME).is_file():
             model.get_base_model().generation_config = GenerationConfig.from_pretrained(adapter)  # stops as in training
         return model, AutoTokenizer.from_pretrained(adapter, trust_remote_code=trust_remote_code), True
+    if (folder / "run.json").is_file():
+        rule = "This run has not come to its end, so it has no adapter."
+        raise UserError(str(folder), None, rule, f"Go on: lora-ft train {folder / 'recipe.yaml'}")
     if not (folder / "config.json").is_file():
         raise UserError(str(folder), None, "This is no run, adapter or merged model.", "Name one of these.")
     trust = {"trust_remote_code": trust_remote_code}

@@ -87,8 +87,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     train = add("train", train_command, "train an adapter, verify it, compare it with its base, export it")
     add_recipe(train)
-    train.add_argument("--fresh", action="store_true", help="remove what an older run left in output_dir")
-    train.add_argument("--warm-start", action="store_true", help="start anew, from the weights of the run there")
+    anew = train.add_mutually_exclusive_group()
+    anew.add_argument("--fresh", action="store_true", help="remove what an older run left in output_dir")
+    anew.add_argument("--warm-start", action="store_true", help="start anew, from the weights of the run there")
     check = add("check", check_command, "check a recipe and audit its data, and say what would be run")
     add_recipe(check)
     check.add_argument("--no-data", action="store_true", help="the recipe alone: neither base nor data are looked for")
@@ -346,17 +347,24 @@ def merge_command(options: argparse.Namespace) -> None:
 
 
 def _read_weight(word: str) -> tuple[Path, float]:
-    """`FOLDER=0.5` as a folder and its weight; 1 without one, and where a folder has that whole name."""
+    """`FOLDER=0.5` as a folder and its weight; 1 without one, and where a folder has that whole name.
+
+    Of a run, the folder is that of its adapter.
+    """
     folder, equals, weight = word.rpartition("=")
     if not equals or Path(word).is_dir():
-        return Path(word), 1.0
+        return _find_adapter(Path(word)), 1.0
     try:
         number = float(weight)
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
         raise UserError("command line", word, "A weight is a number.", "Write ADAPTER=0.5, say.")
-    return Path(folder), number
+    return _find_adapter(Path(folder)), number
+
+
+def _find_adapter(folder: Path) -> Path:
+    return folder / "adapter" if (folder / "adapter" / "adapter_config.json").is_file() else folder
 
 
 def verify_command(options: argparse.Namespace) -> int:

@@ -282,7 +282,12 @@ def _build_recipe(document: Document, faults: list[Fault]) -> Recipe | None:
     for name in REQUIRED:
         if values.get(name) is None:
             faults.append(
-                Fault(document.path, None, f"The section {name} is missing.", "See: lora-ft recipes show quickstart")
+                Fault(
+                    document.path,
+                    None,
+                    f"The section {name} is missing.",
+                    "Copy one to start from: lora-ft recipes quickstart",
+                )
             )
     if values.get("output_dir") is not None and not isinstance(values["output_dir"], str):
         faults.append(Fault(document.place(("output_dir",)), values["output_dir"], "A folder is text.", "Quote it."))

@@ -50,6 +50,7 @@ from lora_ft.training.run_folder import (
     check_space,
     claim_run_folder,
     read_manifest,
+    refuse_unwritable,
     write_manifest,
 )
 from lora_ft.training.steering import check_steering
@@ -104,6 +105,7 @@ def run_recipe(
     quiet_libraries()
     launch, machine = read_launch(), probe_machine()
     recipe = settle_recipe(recipe, machine, launch)
+    refuse_unwritable(recipe.output_dir)
     base = find_base(recipe.model.base, recipe.model.revision, recipe.model.trust_remote_code)
     load_libraries("datasets", "trl.trainer.sft_trainer")
     tokenizer = load_tokenizer(base.folder, recipe.model, recipe.data.chat_template)
@@ -213,7 +215,9 @@ def check_recipe(recipe: Recipe, machine: Machine, launch: Launch) -> tuple[Reci
     tokenizer = load_tokenizer(folder, recipe.model, recipe.data.chat_template)
     splits, audit = check_data(recipe.data, tokenizer)
     prepare_general(recipe.evaluation, recipe.data, tokenizer)
-    return fit_recipe(recipe, folder, tokenizer, splits, machine, launch), audit
+    planned = fit_recipe(recipe, folder, tokenizer, splits, machine, launch)
+    build_arguments(planned.recipe, len(splits.train))
+    return planned, audit
 
 
 def fit_recipe(
@@ -249,11 +253,8 @@ def prepare_trainer(
 ) -> LoraTrainer:
     """Base, adapter and trainer. The arguments come first: under ZeRO-3 they say how the base is read."""
     from lora_ft.tasks import TASKS
-    from lora_ft.training.rehearsal import refuse_unstartable
 
-    steps = TASKS[recipe.data.task]
-    arguments = steps.build_arguments(recipe.training, recipe.output_dir)
-    refuse_unstartable(arguments, len(splits.train))
+    steps, arguments = TASKS[recipe.data.task], build_arguments(recipe, len(splits.train))
     if recipe.model.adapter is not None:
         refuse_other_base(Path(recipe.model.adapter), base, TASK_TYPES[recipe.data.task])
     model = read_base(recipe, base, tokenizer, splits)
@@ -279,6 +280,20 @@ def prepare_trainer(
         name_row=lambda number: splits.examples("train")[number].place,
         quiet=quiet,
     )
+
+
+def build_arguments(recipe: Recipe, num_rows: int) -> Any:
+    """The trainer's arguments of a settled recipe, from which a training over so many rows can start.
+
+    Raises:
+        UserError: the library refuses them, or would at the first step.
+    """
+    from lora_ft.tasks import TASKS
+    from lora_ft.training.rehearsal import refuse_unstartable
+
+    arguments = TASKS[recipe.data.task].build_arguments(recipe.training, recipe.output_dir)
+    refuse_unstartable(arguments, num_rows)
+    return arguments
 
 
 def read_base(
@@ -394,6 +409,10 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
     recipe, manifest = load_recipe(folder / "recipe.yaml"), read_manifest(folder)
     if manifest is None:
         raise UserError(str(folder), None, f"It holds no {MANIFEST} of a run.", "Name the folder of a run.")
+    if not (folder / "adapter").is_dir():
+        raise UserError(
+            str(folder), None, "This run has not come to its end.", f"Go on: lora-ft train {folder / 'recipe.yaml'}"
+        )
     base = find_base(recipe.model.base, manifest["base"]["revision"], recipe.model.trust_remote_code)
     load_libraries("datasets")
     tokenizer = load_tokenizer(base.folder, recipe.model, recipe.data.chat_template)

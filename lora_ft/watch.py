@@ -17,6 +17,7 @@ from lora_ft.errors import UserError
 from lora_ft.evaluation.curves import Curves, read_log, trace_curves
 from lora_ft.evaluation.state import RunState, describe_state
 from lora_ft.fingerprint import read_json
+from lora_ft.training.lock import has_ended
 
 LOOK_EVERY_SECONDS = 1.0
 QUIET_SECONDS = 120
@@ -38,17 +39,18 @@ def read_state(run: Path, now: float) -> dict[str, Any]:
         raise UserError(str(run / "run.json"), None, "A run's manifest tells its state.", "Name a run's folder.")
     verdict = (manifest.get("evaluation") or {}).get("verdict") or {}
     progress = describe_state(read_log(run), now)
-    return {"state": manifest["state"], **progress.to_json(), "verdict": verdict.get("name")}
+    state = "stopped" if manifest["state"] != "finished" and has_ended(run) else manifest["state"]
+    return {"state": state, **progress.to_json(), "verdict": verdict.get("name")}
 
 
 def watch_run(run: Path, console: Console | None = None) -> dict[str, Any]:
-    """Shows the run until it has finished; returns its last state."""
+    """Shows the run until it has finished, or its process is no more; returns its last state."""
     console = console or Console(highlight=False)
     with Live(console=console, auto_refresh=False, transient=False) as live:
         while True:
             state = read_state(run, time.time())
             live.update(draw_state(run, state, trace_curves(read_log(run))), refresh=True)
-            if state["state"] == "finished":
+            if state["state"] in ("finished", "stopped"):
                 return state
             time.sleep(LOOK_EVERY_SECONDS)
 
@@ -73,6 +75,8 @@ def describe_phase(state: dict[str, Any], progress: RunState) -> str:
     """What the run does now."""
     if state["state"] == "finished":
         return f"finished, {state['verdict'] or 'not judged'}"
+    if state["state"] == "stopped":
+        return "stopped; the same lora-ft train goes on with it"
     if progress.is_over:
         return "evaluating"
     if progress.seconds_since is not None and progress.seconds_since > QUIET_SECONDS:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -164,8 +165,6 @@ def test_template_renders_alike_everywhere(finished, tiny_base, chat_rows):
 
 def test_verify_accepts_the_run_and_refuses_a_changed_one(finished, tmp_path, lora_ft):
     """Failure mode 39."""
-    import shutil
-
     folder, _ = finished
     done = lora_ft("verify", folder)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -208,6 +207,38 @@ def test_evaluate_refuses_what_the_run_was_not_trained_with(finished, lora_ft, t
         recipe.write_text(before)
     assert done.returncode == 2 and "trained on other weights" in done.stderr
     assert (folder / "report" / "report.json").read_bytes() == report
+
+
+@pytest.mark.parametrize("command", ["check", "train"])
+def test_what_train_refuses_check_refuses(recipe_file, lora_ft, command):
+    for override, expected in {
+        "lora.target_modules=[q_proj, v_prj]": "v_prj",
+        "training.adam_beta1=1.5": "No optimizer can be made",
+        "training.lr_scheduler_type=cosin": "cosin",
+    }.items():
+        done = lora_ft(command, recipe_file(), override)
+        assert done.returncode == 2 and expected in done.stderr, done.stderr
+
+
+def test_an_adapter_to_go_on_with_is_a_folder_of_one(finished, lora_ft, recipe_file, tmp_path):
+    folder, _ = finished
+    recipe = yaml.safe_load(recipe_file().read_text())
+    recipe.pop("lora")
+    for adapter, expected in ((folder, f"Write {folder / 'adapter'}"), (tmp_path / "none", "No adapter lies there")):
+        path = tmp_path / "on.yaml"
+        path.write_text(yaml.safe_dump({**recipe, "model": {**recipe["model"], "adapter": str(adapter)}}))
+        done = lora_ft("check", path)
+        assert done.returncode == 2 and expected in done.stderr
+
+
+def test_a_run_that_has_not_ended_says_how_to_go_on(lora_ft, tmp_path, finished):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("run.json", "recipe.yaml"):
+        shutil.copy(finished[0] / name, folder / name)
+    for command in ("verify", "chat", "evaluate"):
+        done = lora_ft(command, folder)
+        assert done.returncode == 2 and f"lora-ft train {folder / 'recipe.yaml'}" in done.stderr
 
 
 def test_an_adapter_does_not_go_on_with_another_base(finished, lora_ft, recipe_file, tmp_path):
@@ -282,17 +313,14 @@ def test_loss_is_on_answers_only(finished, chat_rows, tiny_base):
         ("evaluation.metrics=[accuracyy]", "Known: exact_match"),
         ("lora.target_modules=[nonesuch]", "PEFT cannot attach this adapter"),
         ("training.optim=nonesuch", "refuses these values"),
-        ("lora.target_modules=[q_proj, nonesuch_2]", ""),
+        ("lora.target_modules=[q_proj, nonesuch_2]", "no such module"),
     ],
 )
 def test_refusals_write_nothing(recipe_file, tmp_path, override, expected, lora_ft):
     done = lora_ft("train", recipe_file(), override)
-    if expected:
-        assert done.returncode == 2, done.stderr
-        assert expected in done.stderr and "Traceback" not in done.stderr
-        assert not (tmp_path / "run").exists()
-    else:
-        assert done.returncode == 0, done.stderr
+    assert done.returncode == 2, done.stderr
+    assert expected in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -1,6 +1,10 @@
 """A run watched from outside, and runs side by side."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -57,6 +61,19 @@ def test_watching_ends_with_the_run(tmp_path, monkeypatch):
     assert watch_run(run, console)["state"] == "finished"
     said = console.export_text()
     assert "run: finished, good fit" in said and "2.5000 at step 20  lowest" in said
+
+
+def test_watching_ends_with_a_process_that_was_killed(tmp_path):
+    """It cannot say so itself; who held the lock can be looked for."""
+    run = write_run(tmp_path / "run", LINES)
+    (run / ".lock").write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "since": "now"}))
+    assert read_state(run, now=1025.0)["state"] == "training"
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    (run / ".lock").write_text(json.dumps({"pid": gone.pid, "host": socket.gethostname(), "since": "now"}))
+    console = Console(record=True, width=100)
+    assert watch_run(run, console)["state"] == "stopped"
+    assert "the same lora-ft train goes on" in console.export_text()
 
 
 def test_watch_prints_the_state_once_as_json(tmp_path, capsys):

@@ -51,6 +51,9 @@ def from_prompt_completion(fields: Fields, place: str, chat: bool) -> Example:
     if isinstance(prompt, str) and isinstance(completion, str):
         answer = require_text(fields, "completion")
         return Example(place, prompt=read_text(fields, "prompt"), completion=answer)
+    for field, value in (("prompt", prompt), ("completion", completion)):
+        if value is None:
+            raise BadRow(field, None, "There is nothing in it.", "Fill it, or skip such rows.")
     if not isinstance(prompt, (list, tuple)) or not isinstance(completion, (list, tuple)):
         rule = "Prompt and completion are both texts or both lists of messages."
         raise BadRow("prompt", f"{type(prompt).__name__} and {type(completion).__name__}", rule, "Write them alike.")

@@ -14,7 +14,7 @@ from pathlib import Path
 import orjson
 
 from lora_ft.data.fields import shorten
-from lora_ft.data.files import Row, Rows, drop_fillers, iterate_lines
+from lora_ft.data.files import MAX_ROW_CHARACTERS, Row, Rows, drop_fillers, iterate_lines
 from lora_ft.data.json_stream import read_json
 from lora_ft.data.tables import read_csv, read_tsv
 from lora_ft.errors import Fault, UserError
@@ -49,7 +49,10 @@ def read_jsonl(path: Path) -> Rows:
             yield Row(place, orjson.loads(line))
         except orjson.JSONDecodeError as error:
             found = shorten(line.decode("utf-8", "backslashreplace").strip())
-            yield Fault(place, found, f"The line is not JSON: {error}.", "Write one object a line, in UTF-8.")
+            rule, fix = f"The line is not JSON: {error}.", "Write one object a line, in UTF-8."
+            if len(line) >= MAX_ROW_CHARACTERS:
+                rule, fix = f"The line has {MAX_ROW_CHARACTERS:,} characters or more.", "Divide the row."
+            yield Fault(place, found, rule, fix)
 
 
 def read_parquet(path: Path) -> Rows:

@@ -22,6 +22,8 @@ FEW_ROWS = 50
 """Training rows below which a domain is hardly described."""
 FEW_TEST_ROWS = 10
 """Test rows below which resampling them says little: their intervals come out too narrow."""
+FEW_POINTS = 10
+"""Logged training losses below which the last fifth says nothing."""
 FORGOTTEN = 0.1
 """Share by which the loss on general text may rise."""
 
@@ -172,6 +174,14 @@ def _find_underfit(evidence: Evidence) -> Iterator[Finding]:
         yield Finding("underfit", because, advice)
 
 
+def _find_unwatched(evidence: Evidence) -> Iterator[Finding]:
+    """A course too short to be judged is no good one."""
+    points = len(evidence.curves.train)
+    if points < FEW_POINTS:
+        because = f"The training loss was logged {points} times: too few to tell whether it was still falling."
+        yield Finding("not measured", because, "Train longer, or log more often (training.logging_steps: 1).")
+
+
 CAUSES: tuple[Callable[[Evidence], Iterator[Finding]], ...] = (
     _find_leaks,
     _find_overfit,
@@ -179,6 +189,7 @@ CAUSES: tuple[Callable[[Evidence], Iterator[Finding]], ...] = (
     _find_no_better,
     _find_too_little,
     _find_underfit,
+    _find_unwatched,
 )
 """What can be wrong, a cause before what it causes."""
 
@@ -258,7 +269,7 @@ def _share_falling(curves: Curves) -> float | None:
     """How much of all it fell the training loss fell in the last fifth; None where too little was logged."""
     losses = [point.loss for point in curves.train]
     fifth = len(losses) // 5
-    if fifth < 2:
+    if len(losses) < FEW_POINTS:
         return None
     last, before = (sum(part) / fifth for part in (losses[-fifth:], losses[-2 * fifth : -fifth]))
     fallen = losses[0] - last

@@ -39,6 +39,9 @@ def verify_folder(
         return VerifyReport(str(path), tuple(verify_run(path, quick, base, trust_remote_code)))
     if (path / "config.json").is_file():
         return VerifyReport(str(path), tuple(verify_merged(path, quick, trust_remote_code)))
+    if (path / RUN_NAME).is_file():
+        rule = "This run has not come to its end, so it has no adapter."
+        raise UserError(str(path), None, rule, f"Go on: lora-ft train {path / 'recipe.yaml'}")
     rule = "A folder to verify is an adapter, a run with adapter/, or a merged model."
     raise UserError(str(path), None, rule, "Give one of these.")
 

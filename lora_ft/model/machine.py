@@ -99,6 +99,25 @@ def choose_settings(recipe: Recipe, machine: Machine) -> Recipe:
     return replace(recipe, model=model, quantization=quantization, training=training, choices=tuple(choices))
 
 
+def _rhythm(training: dict[str, Any], has_validation: bool) -> Iterator[tuple[str, object, str]]:
+    """How often is saved and evaluated: once an epoch, or in the steps of whichever the recipe names."""
+    saves, evals = training.get("save_steps"), training.get("eval_steps")
+    if saves is None and (EARLY_STOPPING in training or training.get("load_best_model_at_end")):
+        saves = evals  # the best step must have been saved
+    if saves is not None:
+        yield "save_steps", saves, "as eval_steps"
+        yield "save_strategy", "steps", "save_steps or eval_steps says how often"
+    else:
+        yield "save_strategy", "epoch", "an interrupted run loses at most one epoch"
+    if not has_validation:
+        yield "eval_strategy", "no", "no validation rows"
+    elif evals is not None or saves is not None:
+        yield "eval_steps", saves if evals is None else evals, "as save_steps"
+        yield "eval_strategy", "steps", "save_steps or eval_steps says how often"
+    else:
+        yield "eval_strategy", "epoch", "as often as weights are saved"
+
+
 def settle_validation(recipe: Recipe, num_validation_rows: int) -> Recipe:
     """The recipe, with no evaluation during training if it was only chosen here and no row turned up for it.
 
@@ -133,11 +152,7 @@ def _training_settings(recipe: Recipe, machine: Machine, dtype: str) -> Iterator
     reason = "on a CPU time is scarcer than memory" if on_cpu else "GPU memory is scarcer than time"
     yield "gradient_checkpointing", not on_cpu, reason
     yield "optim", "adamw_torch_fused", "one pass over the weights instead of six"
-    yield (
-        "eval_strategy",
-        *(("epoch", "as often as weights are saved") if has_validation else ("no", "no validation rows")),
-    )
-    yield "save_strategy", "epoch", "an interrupted run loses at most one epoch"
+    yield from _rhythm(recipe.training, has_validation)
     if EARLY_STOPPING in recipe.training:
         yield "load_best_model_at_end", True, "early stopping goes back to the best step"
     kept = (

@@ -85,6 +85,9 @@ def plan_memory(recipe: Recipe, base_folder: Path, hardware: Hardware, longest: 
     """
     recipe = settle_quantization(recipe, base_folder)
     profile = profile_recipe(recipe, base_folder)
+    if longest is not None and profile.positions is not None and longest > profile.positions:
+        rule = f"The longest row has {longest} tokens, and the base learned {profile.positions} positions."
+        raise UserError("data.max_length", recipe.data.max_length, rule, f"Write {profile.positions}, or less.")
     recipe = settle_attention(recipe, profile.attentions)
     work = describe_work(recipe, longest)
     work = replace(work, quantization=read_stored(base_folder) or work.quantization)
@@ -132,16 +135,33 @@ def profile_recipe(recipe: Recipe, base_folder: Path) -> ModelProfile:
     model, task, lora = recipe.model, recipe.data.task, recipe.lora
     config = read_config(base_folder, model, task)
     if lora is None:
-        from peft import PeftConfig
-
         assert model.adapter is not None, "a recipe has a section lora, or goes on with an adapter"
-        lora = {k: v for k, v in PeftConfig.from_pretrained(model.adapter).to_dict().items() if k in LORA_SHAPE}
+        lora = {key: value for key, value in read_lora(Path(model.adapter)).items() if key in LORA_SHAPE}
     dtype = model.dtype if model.dtype != AUTO else "bfloat16"
     skipped = tuple((read_stored(base_folder) or recipe.quantization or {}).get("llm_int8_skip_modules") or ())
     try:
         return profile_model(config, dtype, lora, skipped, task, model.trust_remote_code)
     except (OSError, ValueError, ImportError) as fault:
         raise unreadable(model, task, fault) from fault
+
+
+def read_lora(folder: Path) -> dict[str, Any]:
+    """The LoRA settings of the adapter that goes on training.
+
+    Raises:
+        UserError: no adapter lies in the folder, or none that PEFT can read.
+    """
+    from peft import PeftConfig
+
+    if not (folder / "adapter_config.json").is_file():
+        inside = folder / "adapter"
+        fix = f"Write {inside}." if (inside / "adapter_config.json").is_file() else "Name the adapter/ folder of a run."
+        raise UserError("model.adapter", str(folder), "No adapter lies there.", fix)
+    try:
+        return PeftConfig.from_pretrained(str(folder)).to_dict()
+    except (TypeError, ValueError, AttributeError) as fault:
+        rule = f"PEFT cannot read its adapter_config.json ({fault})."
+        raise UserError("model.adapter", str(folder), rule, "Copy the adapter again.") from fault
 
 
 def describe_work(recipe: Recipe, longest: int | None = None) -> Workload:

@@ -16,13 +16,17 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
+from lora_ft.errors import raise_faults
 from lora_ft.model.adapter import TASK_TYPES, call_peft
+from lora_ft.model.adapter_faults import find_idle
 from lora_ft.model.load import AUTO_CLASSES, CLASSIFIER_HEADS
 from lora_ft.recipe import check_buildable, library_part
 from lora_ft.sections import Task
 
 PROBES = (64, 128)
 """Tokens of the two forward passes that are counted; between them lies what grows with tokens, and what does not."""
+POSITION_TABLES = ("wpe", "position_embeddings", "embed_positions")
+"""What architectures call the table of learned positions."""
 ATTENTION_FLAGS = {"flash_attention_2": "_supports_flash_attn", "sdpa": "_supports_sdpa"}
 """Attention → the flag of a class in transformers that has it."""
 
@@ -61,6 +65,8 @@ class ModelProfile:
     """Bytes of a number in the forward pass."""
     attentions: tuple[str, ...]
     """Attentions of transformers that the architecture has, the fastest first."""
+    positions: int | None
+    """Tokens that a row can have where positions are learned, as GPT-2's are; None where they are computed."""
 
 
 def profile_model(
@@ -111,7 +117,18 @@ def profile_model(
         num_heads=text.num_attention_heads,
         dtype_bytes=getattr(torch, dtype).itemsize,
         attentions=(*(name for name, flag in ATTENTION_FLAGS.items() if getattr(model, flag)), "eager"),
+        positions=min(_count_positions(model), default=None),
     )
+
+
+def _count_positions(model: Any) -> Iterator[int]:
+    """The places that each table of learned positions has for tokens; some start behind those of padding."""
+    import torch
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Embedding) and name.rpartition(".")[2] in POSITION_TABLES:
+            taken = getattr(module, "offset", 0 if module.padding_idx is None else module.padding_idx + 1)
+            yield module.num_embeddings - taken
 
 
 def _build_on_meta(config: Any, dtype: Any, task: Task, trust_remote_code: bool) -> Any:
@@ -155,6 +172,7 @@ def _attach_on_meta(model: Any, lora: dict[str, Any], task: Task) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what PEFT has to say, it says of the model that is trained
         tuned = call_peft(get_peft_model, model, config, autocast_adapter_dtype=False)
+        raise_faults(find_idle(tuned, fields))
     for parameter in tuned.parameters():
         parameter.data = parameter.data.to(model.dtype)
     return tuned.train()

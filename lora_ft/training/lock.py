@@ -43,6 +43,20 @@ def refuse_if_locked(run: Path) -> None:
         pass
 
 
+def has_ended(run: Path) -> bool:
+    """Whether the process that wrote to the folder last was one of this machine, and is no more.
+
+    The lock itself is not tried: a run that starts meanwhile would find it taken.
+    """
+    import psutil
+
+    try:
+        holder = json.loads((run / LOCK).read_text(encoding="utf-8"))
+        return holder["host"] == socket.gethostname() and not psutil.pid_exists(holder["pid"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 @contextmanager
 def _acquire(run: Path) -> Iterator[None]:
     lock = FileLock(run / LOCK, timeout=0)

@@ -71,7 +71,7 @@ def check_run_folder(
             cannot be written to; or another process writes to it.
     """
     path = recipe.output_dir
-    _refuse_unwritable(path)
+    refuse_unwritable(path)
     identity = identify_run(recipe, base_fingerprint, data_fingerprint, processes, strategy)
     if not path.exists() or not _visible(path):
         if warm:
@@ -180,7 +180,7 @@ def check_space(run: RunFolder, recipe: Recipe, trainable_parameters: int, base_
     folder = next(parent for parent in [run.path, *run.path.parents] if parent.exists())
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:
-        rule = f"The run writes about {needed_bytes / 1e9:.2f} GB there, and {free_bytes / 1e9:.2f} GB are free."
+        rule = f"The run writes about {needed_bytes / 1e6:,.0f} MB there, and {free_bytes / 1e6:,.0f} MB are free."
         raise UserError("output_dir", str(run.path), rule, "Free space, or name a folder on another disk.")
 
 
@@ -242,7 +242,12 @@ def _visible(path: Path) -> list[Path]:
     return [entry for entry in path.iterdir() if entry not in hidden]
 
 
-def _refuse_unwritable(path: Path) -> None:
+def refuse_unwritable(path: Path) -> None:
+    """Nothing, if a run could be written to `path`, as far as that can be told without writing.
+
+    Raises:
+        UserError: it is a file, or the nearest folder that is there cannot be written to.
+    """
     if path.exists() and not path.is_dir():
         raise UserError("output_dir", str(path), "This is a file.", "Name a folder.")
     nearest = next(parent for parent in [path, *path.parents] if parent.exists())

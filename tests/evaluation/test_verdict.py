@@ -103,3 +103,8 @@ def test_without_test_rows_nothing_is_claimed(make_evidence):
     evidence = make_evidence()
     verdict = judge_run(replace(evidence, compared=replace(evidence.compared, figures={})))
     assert verdict.name == "not measured"
+
+
+def test_a_course_too_short_to_be_judged_is_no_good_fit(make_evidence):
+    verdict = judge_run(make_evidence(train=[7.4, 7.0, 6.9, 6.8], validation=(6.9,)))
+    assert verdict.name == "not measured" and "logged 4 times" in verdict.findings[0].because

@@ -42,6 +42,24 @@ def test_number_format_follows_the_machine(machine, dtype, bf16, fp16, checkpoin
     assert {"model.dtype", "training.bf16", "training.optim"} <= {choice.key for choice in recipe.choices}
 
 
+@pytest.mark.parametrize(
+    ("asked", "chosen"),
+    [
+        ({}, ("epoch", None, "epoch", None)),
+        ({"save_steps": 2}, ("steps", 2, "steps", 2)),
+        ({"eval_steps": 3}, ("epoch", None, "steps", 3)),
+        ({"save_steps": 6, "eval_steps": 3}, ("steps", 6, "steps", 3)),
+        ({"eval_steps": 3, "early_stopping_patience": 1, "metric_for_best_model": "loss"}, ("steps", 3, "steps", 3)),
+        ({"save_steps": 2, "eval_strategy": "no"}, ("steps", 2, "no", 2)),
+    ],
+    ids=str,
+)
+def test_steps_that_the_recipe_names_are_not_passed_over(asked, chosen):
+    training = choose_settings(make_recipe(**asked), CPU).training
+    keys = ("save_strategy", "save_steps", "eval_strategy", "eval_steps")
+    assert tuple(training.get(key) for key in keys) == chosen
+
+
 def test_what_the_recipe_says_stands():
     asked = {"optim": "sgd", "seed": 3, "report_to": "tensorboard", "eval_strategy": "steps", "bf16": False}
     recipe = choose_settings(make_recipe(model={"dtype": "float32"}, **asked), AMPERE)

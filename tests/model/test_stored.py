@@ -131,6 +131,16 @@ def test_classifiers_of_every_kind_are_planned(recipe_file, tmp_path, model_type
     assert planned.plan.fits and planned.plan.peak_bytes > 0
 
 
+@pytest.mark.parametrize("model_type", ["gpt2", "opt"])
+def test_rows_longer_than_the_positions_a_base_learned_are_refused(recipe_file, tmp_path, model_type):
+    settings = {"vocab_size": 320, "max_position_embeddings": 40, "num_hidden_layers": 2, "hidden_size": 64}
+    base = save_config(tmp_path / model_type, model_type, {**settings, "num_attention_heads": 4, "ffn_dim": 64})
+    recipe = choose_settings(load_recipe(recipe_file(model={"base": str(base)})), CPU)
+    plan_memory(recipe, base, HARDWARE, longest=40)
+    with pytest.raises(UserError, match="learned 40 positions"):
+        plan_memory(recipe, base, HARDWARE, longest=41)
+
+
 @pytest.mark.parametrize(
     ("model_type", "settings", "rule"),
     [
