@@ -53,18 +53,21 @@ def load_libraries(*others: str) -> None:
             importlib.import_module("bitsandbytes")
         for name in ("peft", *others):
             importlib.import_module(name)
-        gc.freeze()
-        gc.unfreeze()  # what was frozen is old now, and is not looked through twice more on the way there
 
 
 @contextmanager
 def garbage_kept() -> Iterator[None]:
-    """Python does not look for garbage meanwhile: for a short time in which many objects are made that stay."""
+    """Python does not look for garbage meanwhile: for a short time in which many objects are made that stay.
+
+    Afterwards they are old, and are not looked through twice more on the way there.
+    """
     was_collecting = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
+        gc.freeze()
+        gc.unfreeze()
         if was_collecting:
             gc.enable()
 
