@@ -48,14 +48,14 @@ def _load(folder: Path, trust_remote_code: bool = False) -> tuple[Any, Any, bool
     """Model and tokenizer, and whether the model carries an adapter."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    from lora_ft.export.adapter import open_adapter
+    from lora_ft.export.adapter import CONFIG_NAME, find_adapter, open_adapter, unfinished_run
     from lora_ft.export.base import base_of_adapter
     from lora_ft.export.companions import GENERATION_NAME
     from lora_ft.export.reload import load_tuned
     from lora_ft.model.machine import probe_machine
 
-    adapter = folder / "adapter" if (folder / "adapter").is_dir() else folder
-    if (adapter / "adapter_config.json").is_file():
+    adapter = find_adapter(folder)
+    if (adapter / CONFIG_NAME).is_file():
         opened = open_adapter(adapter, trust_remote_code)
         if opened.config.task_type not in (None, "CAUSAL_LM"):
             rule = "It was trained for another task than to go on with a conversation."
@@ -67,8 +67,7 @@ def _load(folder: Path, trust_remote_code: bool = False) -> tuple[Any, Any, bool
             model.get_base_model().generation_config = GenerationConfig.from_pretrained(adapter)  # stops as in training
         return model, AutoTokenizer.from_pretrained(adapter, trust_remote_code=trust_remote_code), True
     if (folder / "run.json").is_file():
-        rule = "This run has not come to its end, so it has no adapter."
-        raise UserError(str(folder), None, rule, f"Go on: lora-ft train {folder / 'recipe.yaml'}")
+        raise unfinished_run(folder)
     if not (folder / "config.json").is_file():
         raise UserError(str(folder), None, "This is no run, adapter or merged model.", "Name one of these.")
     trust = {"trust_remote_code": trust_remote_code}

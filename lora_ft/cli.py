@@ -347,24 +347,19 @@ def merge_command(options: argparse.Namespace) -> None:
 
 
 def _read_weight(word: str) -> tuple[Path, float]:
-    """`FOLDER=0.5` as a folder and its weight; 1 without one, and where a folder has that whole name.
+    """`FOLDER=0.5` as an adapter, or that of a run, and its weight; 1 without one, and where a folder has that name."""
+    from lora_ft.export.adapter import find_adapter
 
-    Of a run, the folder is that of its adapter.
-    """
     folder, equals, weight = word.rpartition("=")
     if not equals or Path(word).is_dir():
-        return _find_adapter(Path(word)), 1.0
+        return find_adapter(Path(word)), 1.0
     try:
         number = float(weight)
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
         raise UserError("command line", word, "A weight is a number.", "Write ADAPTER=0.5, say.")
-    return _find_adapter(Path(folder)), number
-
-
-def _find_adapter(folder: Path) -> Path:
-    return folder / "adapter" if (folder / "adapter" / "adapter_config.json").is_file() else folder
+    return find_adapter(Path(folder)), number
 
 
 def verify_command(options: argparse.Namespace) -> int:

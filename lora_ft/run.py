@@ -23,11 +23,12 @@ from lora_ft.errors import RunFailed, UserError, raise_faults
 from lora_ft.evaluation.curves import read_log, trace_curves
 from lora_ft.evaluation.general import prepare_general
 from lora_ft.evaluation.metrics import check_metrics
+from lora_ft.export.adapter import unfinished_run
 from lora_ft.export.base import refuse_other_base
 from lora_ft.export.fresh import process_ahead
 from lora_ft.fingerprint import BaseIdentity, hash_tensors
 from lora_ft.libraries import load_libraries, quiet_libraries
-from lora_ft.model.adapter import TASK_TYPES, attach_adapter, count_trainable, load_weights
+from lora_ft.model.adapter import TASK_TYPES, TENSORS_NAME, attach_adapter, count_trainable, load_weights
 from lora_ft.model.load import find_base, find_config, load_base, load_tokenizer
 from lora_ft.model.machine import Machine, choose_settings, peak_memory_bytes, probe_machine, settle_validation
 from lora_ft.model.planning import RecipePlan, plan_memory, refuse_unfit
@@ -156,7 +157,7 @@ def finish_run(
         return None
     manifest["training"] = outcome.metrics
     manifest["memory"]["measured_peak_bytes"] = peak_memory_bytes(probe_machine())
-    manifest["adapter_sha256"] = hash_tensors(adapter / "adapter_model.safetensors")
+    manifest["adapter_sha256"] = hash_tensors(adapter / TENSORS_NAME)
     manifest["verification"] = verify_saved(adapter, recipe.model.trust_remote_code)
     manifest["evaluation"] = evaluate_trained(trainer, tokenizer, splits, recipe, launch)
     manifest["export"] = export_run(adapter, recipe, run, manifest)
@@ -410,9 +411,7 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
     if manifest is None:
         raise UserError(str(folder), None, f"It holds no {MANIFEST} of a run.", "Name the folder of a run.")
     if not (folder / "adapter").is_dir():
-        raise UserError(
-            str(folder), None, "This run has not come to its end.", f"Go on: lora-ft train {folder / 'recipe.yaml'}"
-        )
+        raise unfinished_run(folder)
     base = find_base(recipe.model.base, manifest["base"]["revision"], recipe.model.trust_remote_code)
     load_libraries("datasets")
     tokenizer = load_tokenizer(base.folder, recipe.model, recipe.data.chat_template)

@@ -41,7 +41,16 @@ def test_overrides_may_stand_around_options():
     assert options.overrides == ["a.b=1", "c.d=2"] and options.fresh
 
 
-@pytest.mark.parametrize("words", [["train"], ["nonsense"], ["train", "r.yaml", "--no-such-option"], ["merge", "x"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train"],
+        ["nonsense"],
+        ["train", "r.yaml", "--no-such-option"],
+        ["train", "r.yaml", "--fresh", "--warm-start"],
+        ["merge", "x"],
+    ],
+)
 def test_wrong_words_end_with_2(words, capsys):
     with pytest.raises(SystemExit) as ended:
         main(words)
@@ -187,6 +196,12 @@ def test_a_folder_with_an_equals_sign_in_its_name_is_a_folder(tmp_path, monkeypa
     for word in ("adapter=nan", "adapter=half"):
         with pytest.raises(UserError, match="A weight is a number"):
             _read_weight(word)
+
+
+def test_a_run_is_named_where_its_adapter_is_meant(tmp_path):
+    (tmp_path / "run" / "adapter").mkdir(parents=True)
+    (tmp_path / "run" / "adapter" / "adapter_config.json").write_text("{}")
+    assert _read_weight(f"{tmp_path / 'run'}=0.5") == (tmp_path / "run" / "adapter", 0.5)
 
 
 @pytest.mark.parametrize("errors", ["strict", "surrogateescape"])

@@ -10,13 +10,12 @@ from lora_ft.errors import UserError
 from lora_ft.export.manifest import AdapterManifest, read_manifest
 from lora_ft.fingerprint import read_json, read_safetensors_header
 from lora_ft.libraries import load_libraries
+from lora_ft.model.adapter import CONFIG_NAME, TENSORS_NAME, read_lora
 
 if TYPE_CHECKING:
     import torch
     from peft import LoraConfig
 
-CONFIG_NAME = "adapter_config.json"
-TENSORS_NAME = "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
 """What PEFT writes before the base model's own names."""
 
@@ -43,6 +42,17 @@ class Adapter:
         return {key.removeprefix(KEY_PREFIX): tensor for key, tensor in load_file(self.folder / TENSORS_NAME).items()}
 
 
+def find_adapter(folder: Path) -> Path:
+    """The folder of a run's adapter; any other folder itself."""
+    return folder / "adapter" if (folder / "adapter" / CONFIG_NAME).is_file() else folder
+
+
+def unfinished_run(run: Path) -> UserError:
+    """The error for a run that has no adapter yet."""
+    rule = "This run has not come to its end, so it has no adapter."
+    return UserError(str(run), None, rule, f"Go on: lora-ft train {run / 'recipe.yaml'}")
+
+
 def open_adapter(folder: Path, trust_remote_code: bool = False) -> Adapter:
     """The LoRA adapter in `folder`.
 
@@ -65,15 +75,7 @@ def open_adapter(folder: Path, trust_remote_code: bool = False) -> Adapter:
         raise UserError(str(folder / TENSORS_NAME), strangers[0], rule, "Save the adapter with PEFT's save_pretrained.")
     shapes = {key.removeprefix(KEY_PREFIX): tuple(tensor["shape"]) for key, tensor in header.items()}
     load_libraries()  # after the faults that need none of them
-
-    from peft import PeftConfig
-
-    try:
-        config = PeftConfig.from_pretrained(str(folder))
-    except (TypeError, ValueError, AttributeError) as error:
-        rule = f"PEFT cannot read it ({error})."
-        raise UserError(str(folder / CONFIG_NAME), None, rule, "Copy the adapter again.") from error
-    return Adapter(folder, config, shapes, read_manifest(folder), trust_remote_code)
+    return Adapter(folder, read_lora(folder), shapes, read_manifest(folder), trust_remote_code)
 
 
 def read_adapter_fields(folder: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lora_ft.errors import RunFailed, UserError
-from lora_ft.export.adapter import CONFIG_NAME, KEY_PREFIX, TENSORS_NAME, Adapter, open_adapter
+from lora_ft.export.adapter import CONFIG_NAME, KEY_PREFIX, TENSORS_NAME, Adapter, open_adapter, unfinished_run
 from lora_ft.export.base import base_of_adapter
 from lora_ft.export.finding import Finding, VerifyReport, check_answers, check_files
 from lora_ft.export.fresh import ask_fresh, identity_fields
@@ -40,8 +40,7 @@ def verify_folder(
     if (path / "config.json").is_file():
         return VerifyReport(str(path), tuple(verify_merged(path, quick, trust_remote_code)))
     if (path / RUN_NAME).is_file():
-        rule = "This run has not come to its end, so it has no adapter."
-        raise UserError(str(path), None, rule, f"Go on: lora-ft train {path / 'recipe.yaml'}")
+        raise unfinished_run(path)
     rule = "A folder to verify is an adapter, a run with adapter/, or a merged model."
     raise UserError(str(path), None, rule, "Give one of these.")
 

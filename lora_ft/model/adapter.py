@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 import warnings
 from contextlib import AbstractContextManager, nullcontext
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_ft.errors import UserError, raise_faults
+from lora_ft.fingerprint import read_json
 from lora_ft.model.adapter_faults import find_idle, find_impossible, is_quantised, rewrites_base
 from lora_ft.model.load import CLASSIFIER_HEADS, FLOATING_HEADS
 from lora_ft.recipe import check_buildable, library_part
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
+CONFIG_NAME, TENSORS_NAME = "adapter_config.json", "adapter_model.safetensors"
+"""What PEFT calls the files of an adapter."""
 START = "weights_taken_from_base"
 """Attribute of a PeftModel that holds the A0 and B0 its start took out of the base's weights."""
 
@@ -81,6 +83,21 @@ def count_trainable(model: Any) -> int:
     return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
 
 
+def read_lora(folder: Path) -> LoraConfig:
+    """The config of the adapter in `folder`.
+
+    Raises:
+        UserError: PEFT cannot read it.
+    """
+    from peft import PeftConfig
+
+    try:
+        return PeftConfig.from_pretrained(str(folder))
+    except (TypeError, ValueError, AttributeError) as fault:
+        rule = f"PEFT cannot read it ({fault})."
+        raise UserError(str(folder / CONFIG_NAME), None, rule, "Copy the adapter again.") from fault
+
+
 def load_weights(model: PeftModel, folder: Path) -> None:
     """Sets the adapter's weights to those that lie in `folder`.
 
@@ -92,14 +109,13 @@ def load_weights(model: PeftModel, folder: Path) -> None:
 
     fix = "Use the lora section they were trained with, or give --fresh."
     wanted = model.active_peft_config.init_lora_weights
-    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    start = settings.get("init_lora_weights", True)
+    start = read_json(folder / CONFIG_NAME, fix).get("init_lora_weights", True)
     if start != wanted and any(rewrites_base({"init_lora_weights": each}) for each in (start, wanted)):
         rule = f"They fit the weights that init_lora_weights: {start} leaves in the base, and not those of {wanted}."
         other = "Name them as model.adapter, without the section lora," if start is True else f"Write {start},"
         raise UserError("lora.init_lora_weights", str(folder), rule, f"{other} or give --fresh.")
     try:
-        result = set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
+        result = set_peft_model_state_dict(model, load_file(folder / TENSORS_NAME))
     except RuntimeError as fault:  # torch's word for tensors of another shape
         rule = f"These weights do not fit this adapter: {str(fault).strip().splitlines()[-1].strip()}."
         raise UserError("lora", str(folder), rule, fix) from None
@@ -249,21 +265,14 @@ def _load_trainable(model: PreTrainedModel, folder: Path) -> PeftModel:
     """An adapter from disk, to be trained on; `is_trainable` is PEFT's switch, off by default (trl#3926)."""
     from peft import PeftModel
 
-    if not (folder / "adapter_model.safetensors").is_file():
-        rule = "The folder holds no adapter_model.safetensors; pickled adapters can run code and are not read."
+    if not (folder / TENSORS_NAME).is_file():
+        rule = f"The folder holds no {TENSORS_NAME}; pickled adapters can run code and are not read."
         raise UserError("model.adapter", str(folder), rule, "Name the adapter/ folder of a run.")
     return call_peft(PeftModel.from_pretrained, model, folder, is_trainable=True)
 
 
 def call_peft(function: Any, model: Any, *arguments: Any, **options: Any) -> Any:
-    """What a function of PEFT makes of the model; what it refuses, or takes and fails over later, is the user's to
-    change.
-    """
-    from peft import LoraConfig
-
-    for config in arguments:
-        if isinstance(config, LoraConfig):
-            raise_faults(find_impossible(model, vars(config)))
+    """What a function of PEFT makes of the model; what PEFT refuses is the user's to change."""
     arguments = copy.deepcopy(arguments)  # PEFT writes into the lists of a config, which are those of the recipe
     try:
         with warnings.catch_warnings():

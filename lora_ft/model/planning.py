@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_ft.errors import UserError
+from lora_ft.model.adapter import CONFIG_NAME, read_lora
 from lora_ft.model.load import read_config, unreadable
 from lora_ft.model.memory import Hardware, MemoryPlan, Workload, plan_step
 from lora_ft.model.profile import ModelProfile, profile_model
@@ -136,32 +137,18 @@ def profile_recipe(recipe: Recipe, base_folder: Path) -> ModelProfile:
     config = read_config(base_folder, model, task)
     if lora is None:
         assert model.adapter is not None, "a recipe has a section lora, or goes on with an adapter"
-        lora = {key: value for key, value in read_lora(Path(model.adapter)).items() if key in LORA_SHAPE}
+        folder = Path(model.adapter)
+        if not (folder / CONFIG_NAME).is_file():
+            is_run = (folder / "adapter" / CONFIG_NAME).is_file()
+            fix = f"Write {folder / 'adapter'}." if is_run else "Name the adapter/ folder of a run."
+            raise UserError("model.adapter", str(folder), "No adapter lies there.", fix)
+        lora = {key: value for key, value in read_lora(folder).to_dict().items() if key in LORA_SHAPE}
     dtype = model.dtype if model.dtype != AUTO else "bfloat16"
     skipped = tuple((read_stored(base_folder) or recipe.quantization or {}).get("llm_int8_skip_modules") or ())
     try:
         return profile_model(config, dtype, lora, skipped, task, model.trust_remote_code)
     except (OSError, ValueError, ImportError) as fault:
         raise unreadable(model, task, fault) from fault
-
-
-def read_lora(folder: Path) -> dict[str, Any]:
-    """The LoRA settings of the adapter that goes on training.
-
-    Raises:
-        UserError: no adapter lies in the folder, or none that PEFT can read.
-    """
-    from peft import PeftConfig
-
-    if not (folder / "adapter_config.json").is_file():
-        inside = folder / "adapter"
-        fix = f"Write {inside}." if (inside / "adapter_config.json").is_file() else "Name the adapter/ folder of a run."
-        raise UserError("model.adapter", str(folder), "No adapter lies there.", fix)
-    try:
-        return PeftConfig.from_pretrained(str(folder)).to_dict()
-    except (TypeError, ValueError, AttributeError) as fault:
-        rule = f"PEFT cannot read its adapter_config.json ({fault})."
-        raise UserError("model.adapter", str(folder), rule, "Copy the adapter again.") from fault
 
 
 def describe_work(recipe: Recipe, longest: int | None = None) -> Workload:

@@ -18,7 +18,7 @@ from typing import Any
 
 from lora_ft.errors import raise_faults
 from lora_ft.model.adapter import TASK_TYPES, call_peft
-from lora_ft.model.adapter_faults import find_idle
+from lora_ft.model.adapter_faults import find_idle, find_impossible
 from lora_ft.model.load import AUTO_CLASSES, CLASSIFIER_HEADS
 from lora_ft.recipe import check_buildable, library_part
 from lora_ft.sections import Task
@@ -168,6 +168,7 @@ def _attach_on_meta(model: Any, lora: dict[str, Any], task: Task) -> Any:
     from peft import LoraConfig, get_peft_model
 
     fields = {key: value for key, value in library_part(lora).items() if key != "init_lora_weights"}
+    raise_faults(find_impossible(model, fields))
     config = check_buildable("lora", LoraConfig, {**fields, "task_type": TASK_TYPES[task]}, "recipe")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what PEFT has to say, it says of the model that is trained

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from lora_ft.fingerprint import BaseIdentity, hash_json, list_weight_files, whole_folder
 from lora_ft.libraries import garbage_kept
 from lora_ft.model.machine import release_memory
+from lora_ft.model.stored import read_stored
 
 if TYPE_CHECKING:
     import torch
@@ -128,8 +129,7 @@ def _is_cacheable(identity: BaseIdentity, config: BitsAndBytesConfig, options: d
     """
     from transformers.integrations import is_deepspeed_zero3_enabled
 
-    settings = json.loads((identity.folder / "config.json").read_text(encoding="utf-8"))
-    plain = "quantization_config" not in settings and not options.get("trust_remote_code") and "config" not in options
+    plain = read_stored(identity.folder) is None and not options.get("trust_remote_code") and "config" not in options
     return bool(config.load_in_4bit) and plain and not is_deepspeed_zero3_enabled()
 
 

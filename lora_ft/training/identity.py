@@ -11,6 +11,7 @@ from typing import Any
 
 from lora_ft.errors import Fault
 from lora_ft.fingerprint import hash_tensors
+from lora_ft.model.adapter import TENSORS_NAME
 from lora_ft.sections import Recipe
 
 HARMLESS = {
@@ -128,7 +129,7 @@ def describe_changes(old: Identity, new: Identity) -> Iterator[str]:
 
 def _hash_adapter(folder: str | None) -> str | None:
     """Hash of the weights of an adapter that goes on training; they may have been replaced under the same name."""
-    weights = Path(folder or "") / "adapter_model.safetensors"
+    weights = Path(folder or "") / TENSORS_NAME
     return hash_tensors(weights) if folder is not None and weights.is_file() else folder
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -50,11 +51,8 @@ def has_ended(run: Path) -> bool:
     """
     import psutil
 
-    try:
-        holder = json.loads((run / LOCK).read_text(encoding="utf-8"))
-        return holder["host"] == socket.gethostname() and not psutil.pid_exists(holder["pid"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    holder = _read_holder(run)
+    return holder is not None and holder["host"] == socket.gethostname() and not psutil.pid_exists(holder["pid"])
 
 
 @contextmanager
@@ -63,16 +61,26 @@ def _acquire(run: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise UserError("output_dir", str(run), f"{_holder(run)} is writing there.", "Wait for it to end.") from None
+        raise UserError(
+            "output_dir", str(run), f"{_describe_holder(run)} is writing there.", "Wait for it to end."
+        ) from None
     try:
         yield
     finally:
         lock.release()
 
 
-def _holder(run: Path) -> str:
-    try:
-        holder = json.loads((run / LOCK).read_text())
-        return f"Process {holder['pid']} on {holder['host']}, begun {holder['since']},"
-    except (OSError, ValueError, KeyError, TypeError):
+def _describe_holder(run: Path) -> str:
+    holder = _read_holder(run)
+    if holder is None:
         return "Another process"
+    return f"Process {holder['pid']} on {holder['host']}, begun {holder['since']},"
+
+
+def _read_holder(run: Path) -> dict[str, Any] | None:
+    """What the last process to write to the folder said of itself; None if that cannot be read."""
+    try:
+        holder = json.loads((run / LOCK).read_text(encoding="utf-8"))
+        return {"pid": int(holder["pid"]), "host": holder["host"], "since": holder["since"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -18,6 +18,7 @@ from typing import Any
 
 from lora_ft.errors import UserError, raise_faults
 from lora_ft.fingerprint import hash_folder, hash_json, hash_tensors, whole_folder, write_whole
+from lora_ft.model.adapter import CONFIG_NAME, TENSORS_NAME
 from lora_ft.recipe import dump_recipe
 from lora_ft.sections import Recipe
 from lora_ft.training.checkpoint import find_damage, find_intact, find_leftovers, is_weights_only, list_checkpoints
@@ -26,7 +27,6 @@ from lora_ft.training.lock import LOCK, refuse_if_locked, run_lock
 
 MANIFEST = "run.json"
 WARM_START = "warm_start"
-WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ def _clear(run: RunFolder, manifest: dict[str, Any]) -> None:
         shutil.rmtree(kept, ignore_errors=True)
     elif run.warm_start != kept:
         with whole_folder(kept) as draft:
-            for name in (WEIGHTS, "adapter_config.json"):
+            for name in (TENSORS_NAME, CONFIG_NAME):
                 shutil.copyfile(run.warm_start / name, draft / name)
     write_manifest(run, "clearing", manifest)
     remove_run(run.path)
@@ -218,7 +218,7 @@ def _find_warm_start(path: Path, manifest: dict[str, Any]) -> Path:
     exported, kept = path / "adapter", path / WARM_START
     orders = {"finished": [exported, kept], "clearing": [kept, *intact, exported]}
     for folder in orders.get(manifest.get("state", ""), [*intact, exported, kept]):
-        if (folder / WEIGHTS).is_file():
+        if (folder / TENSORS_NAME).is_file():
             return folder
     raise _nothing_warm(path)
 
@@ -230,7 +230,7 @@ def _nothing_warm(path: Path) -> UserError:
 
 def _hash_weights(folder: Path) -> str:
     try:
-        return hash_tensors(folder / WEIGHTS)
+        return hash_tensors(folder / TENSORS_NAME)
     except (OSError, UserError) as fault:
         rule = "The weights to start from cannot be read."
         raise UserError("output_dir", str(folder), rule, "Give --fresh to start over.") from fault

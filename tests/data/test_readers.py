@@ -201,9 +201,11 @@ def test_a_missing_file_is_refused(tmp_path):
 
 
 def test_a_gigantic_line_does_not_fill_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr("lora_ft.data.files.MAX_ROW_CHARACTERS", 1000)
+    for module in ("files", "readers"):
+        monkeypatch.setattr(f"lora_ft.data.{module}.MAX_ROW_CHARACTERS", 1000)
     found = read(write(tmp_path / "a.jsonl", '{"a": "' + "x" * 100_000 + '"}\n{"a": 1}\n'))
-    assert isinstance(found[0], Fault) and found[1].fields == {"a": 1}
+    assert isinstance(found[0], Fault) and "1,000 characters or more" in found[0].rule
+    assert found[1].fields == {"a": 1} and found[1].place.endswith(":2")
 
 
 @pytest.mark.parametrize("suffix", [*READERS, ".jsonl.gz", ".csv.xz", ".txt.bz2", ".tsv.zst"])
