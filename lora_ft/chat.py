@@ -52,7 +52,7 @@ def _load(folder: Path, trust_remote_code: bool = False) -> tuple[Any, Any, bool
     from lora_ft.export.base import base_of_adapter
     from lora_ft.export.companions import GENERATION_NAME
     from lora_ft.export.reload import load_tuned
-    from lora_ft.model.machine import probe_machine
+    from lora_ft.model.machine import place_untrained
 
     adapter = find_adapter(folder)
     if (adapter / CONFIG_NAME).is_file():
@@ -71,7 +71,7 @@ def _load(folder: Path, trust_remote_code: bool = False) -> tuple[Any, Any, bool
     if not (folder / "config.json").is_file():
         raise UserError(str(folder), None, "This is no run, adapter or merged model.", "Name one of these.")
     trust = {"trust_remote_code": trust_remote_code}
-    model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": probe_machine().device}, **trust)
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map=place_untrained(), **trust)
     return model.eval(), AutoTokenizer.from_pretrained(folder, **trust), False
 
 

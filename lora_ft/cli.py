@@ -70,9 +70,20 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+class TellVersion(argparse.Action):
+    """Looks the version up only when asked for it; argparse's own action wants it at every start."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from importlib.metadata import version
+
+        print(parser.prog, version("lora-ft"))
+        parser.exit()
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = argparse.ArgumentParser(prog="lora-ft", description="LoRA and QLoRA fine-tuning that proves what it did.")
+    parser.add_argument("--version", action=TellVersion, nargs=0, help="tell the version and exit")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def add(name: str, function: Any, summary: str) -> argparse.ArgumentParser:

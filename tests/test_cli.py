@@ -1,5 +1,6 @@
 """The command line: exit codes, one message, one JSON document, and a quick start."""
 
+import importlib.metadata
 import io
 import json
 import subprocess
@@ -34,6 +35,13 @@ def test_every_command_has_help(capsys):
             main([command, "--help"])
         assert ended.value.code == 0
         assert "--json" in capsys.readouterr().out
+
+
+def test_version_is_told_without_a_command(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"lora-ft {importlib.metadata.version('lora-ft')}\n"
 
 
 def test_overrides_may_stand_around_options():

@@ -24,7 +24,7 @@ from lora_ft.export.skeleton import (
 )
 from lora_ft.fingerprint import BaseIdentity
 from lora_ft.model.load import use_safe_4bit_kernels
-from lora_ft.model.machine import probe_machine
+from lora_ft.model.machine import place_untrained, probe_machine
 from lora_ft.model.quant_cache import load_quantised
 
 if TYPE_CHECKING:
@@ -104,9 +104,8 @@ def load_model(
     import torch
     from transformers import BitsAndBytesConfig
 
-    device = probe_machine().device
-    options |= {"dtype": getattr(torch, arithmetic.dtype), "device_map": {"": device}, "local_files_only": True}
-    if arithmetic.attention in PORTABLE_ATTENTION or device.startswith("cuda"):
+    options |= {"dtype": getattr(torch, arithmetic.dtype), "device_map": place_untrained(), "local_files_only": True}
+    if arithmetic.attention in PORTABLE_ATTENTION or probe_machine().device.startswith("cuda"):
         options["attn_implementation"] = arithmetic.attention
     if base is not None and arithmetic.quantization is not None:
         model, info = load_quantised(cls, base, BitsAndBytesConfig(**arithmetic.quantization), options)

@@ -48,12 +48,14 @@ def find_idle(model: PeftModel, lora: Mapping[str, Any]) -> Iterator[Fault]:
         "target_parameters": lambda entry: _ends_with_part(adapted, entry),
         "exclude_modules": lambda entry: _ends_with_part(modules, entry),
         "modules_to_save": lambda entry: entry in heads or any(name.endswith(entry) for name in whole),
+        "layers_to_transform": lambda number: any(str(number) in name.split(".") for name in adapted),
     }
     for key in ("rank_pattern", "alpha_pattern"):
         chosen = {get_pattern_key(list(lora.get(key) or ()), name) for name in adapted}
         fits[key] = chosen.__contains__
     for key, does_fit in fits.items():
-        given = lora.get(key) or ()
+        given = lora.get(key, ())
+        given = [given] if isinstance(given, int) else given or ()
         if isinstance(given, str):  # "all-linear", or one regular expression
             idle = [given] * (key == "exclude_modules" and not any(re.fullmatch(given, name) for name in modules))
         else:
@@ -61,9 +63,13 @@ def find_idle(model: PeftModel, lora: Mapping[str, Any]) -> Iterator[Fault]:
         for entry in idle:
             rule = RULES.get(key, "This base has no such module, or another setting keeps it out.")
             yield Fault(f"lora.{key}", entry, rule, "Correct the name, or remove it.")
+    biases = [name for name, parameter in model.named_parameters() if name.endswith("bias") and parameter.requires_grad]
+    if lora.get("bias", "none") != "none" and not biases:
+        yield Fault("lora.bias", lora["bias"], "None of these layers has a bias.", "Write none.")
 
 
 RULES = {
+    "layers_to_transform": "No layer of this number gets LoRA; they are numbered from 0.",
     "exclude_modules": "This base has no such module.",
     "rank_pattern": "It is the first to fit no module that gets LoRA.",
     "alpha_pattern": "It is the first to fit no module that gets LoRA.",

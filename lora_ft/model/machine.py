@@ -200,6 +200,17 @@ def can_keep_unpacked(num_bytes: int, memory_bytes: int | None = None) -> bool:
     return num_bytes <= (memory_bytes or _main_memory_bytes()) // 20
 
 
+def place_untrained() -> Any:
+    """Where transformers puts a model that only answers: on this device; of several GPUs, on the next ones too where
+    one has no room for all of it, as for a base that was sharded while it was trained.
+    """
+    import torch
+
+    machine = probe_machine()
+    is_one_of_many = machine.device.startswith("cuda") and torch.cuda.device_count() > 1
+    return "sequential" if is_one_of_many else {"": machine.device}
+
+
 @dataclass(frozen=True)
 class MemoryTraits:
     """What a kind of device adds to what tensors take, and how much of it may be used."""

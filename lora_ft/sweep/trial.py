@@ -13,12 +13,11 @@ from lora_ft.data.prepare import build_splits
 from lora_ft.errors import UserError
 from lora_ft.libraries import quiet_libraries
 from lora_ft.model.load import find_base, load_tokenizer
-from lora_ft.model.machine import probe_machine, release_memory, settle_validation
-from lora_ft.model.planning import plan_memory, refuse_unfit
+from lora_ft.model.machine import probe_machine, release_memory
 from lora_ft.recipe import EARLY_STOPPING, library_part
-from lora_ft.run import prepare_trainer, settle_recipe
+from lora_ft.run import fit_recipe, prepare_trainer, settle_recipe
 from lora_ft.sections import Recipe
-from lora_ft.training.distributed import describe_hardware, read_launch
+from lora_ft.training.distributed import read_launch
 
 Report = Callable[[int, float], bool]
 """(number of the evaluation, validation loss) → whether the trial is to end here."""
@@ -54,11 +53,10 @@ def run_trial(recipe: Recipe, report: Report) -> float | None:
     tokenizer = load_tokenizer(base.folder, recipe.model, recipe.data.chat_template)
     splits = build_splits(recipe.data, tokenizer)
     splits = replace(splits, test=splits.test.select([]))
-    recipe = settle_validation(recipe, len(splits.validation))
+    recipe = fit_recipe(recipe, base.folder, tokenizer, splits, machine, launch).recipe
     if recipe.training["eval_strategy"] == "no":
         rule = "A sweep steers by validation rows, and there are none, or they are never evaluated."
         raise UserError("training.eval_strategy", "no", rule, "Give validation rows, and remove this key.")
-    recipe = refuse_unfit(plan_memory(recipe, base.folder, describe_hardware(machine, launch), splits.longest_row))
     shutil.rmtree(recipe.output_dir, ignore_errors=True)
     recipe.output_dir.mkdir(parents=True)
     pruning = PruningCallback(report)

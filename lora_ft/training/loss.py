@@ -111,13 +111,14 @@ class ScoringForward:
         if self._knows_logits:
             outputs = self._model.base_model(*args, **kwargs)
             hidden = outputs.last_hidden_state
-            chosen = hidden.flatten(0, 1).index_select(0, row * hidden.shape[1] + position)
+            places = (row * hidden.shape[1] + position).to(hidden.device)  # another one, for a base on several GPUs
+            chosen = hidden.flatten(0, 1).index_select(0, places)
             scores = score_tokens(self._model.get_output_embeddings(), chosen, targets, self._transform, with_entropy)
         else:
             outputs = self._forward(*args, **kwargs)
             scores = score_logits(outputs.logits[row, position], targets, with_entropy)
         aux_loss = _balance_experts(outputs.router_logits, config, find_tokens(kwargs)) if has_router else None
-        return TokenScores(row=row, aux_loss=aux_loss, **scores._asdict())
+        return TokenScores(row=row.to(scores.loss.device), aux_loss=aux_loss, **scores._asdict())
 
     @torch.no_grad()
     def _reproduces_logits(self) -> bool:

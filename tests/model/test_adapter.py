@@ -242,6 +242,8 @@ def test_refusals(tiny_base, lora, quantization, expected):
 IDLE = {
     "target_modules": ["q_proj", "k_proj", "query"],
     "modules_to_save": ["nonexistent", "norm"],
+    "layers_to_transform": [0, 7],
+    "bias": "all",
     "exclude_modules": ["no_such_layer", "k_proj"],
     "rank_pattern": {"q_proj": 2, "layers.0.self_attn.q_proj": 3},
     "alpha_pattern": {"up_proj": 2},
@@ -258,8 +260,10 @@ def test_names_that_match_nothing_are_refused_together(tiny_base):
         ("lora.target_modules", "query"),
         ("lora.exclude_modules", "no_such_layer"),
         ("lora.modules_to_save", "nonexistent"),
+        ("lora.layers_to_transform", 7),
         ("lora.rank_pattern", "layers.0.self_attn.q_proj"),
         ("lora.alpha_pattern", "up_proj"),
+        ("lora.bias", "all"),
     ]
     with pytest.raises(UserError, match="exclude_modules"):
         attach_adapter(fresh_base(tiny_base), {**LORA, "exclude_modules": ".*no_such_layer"})
@@ -268,6 +272,7 @@ def test_names_that_match_nothing_are_refused_together(tiny_base):
 def test_names_that_match_are_not(tiny_base):
     lora = {**LORA, "exclude_modules": ".*k_proj", "rank_pattern": {".*[.]0[.].*proj": 2}, "modules_to_save": ["head"]}
     attach_adapter(fresh_base(tiny_base), lora)
+    attach_adapter(fresh_base(tiny_base), {"r": 4, "target_modules": ["q_proj"], "layers_to_transform": 1})
 
 
 def test_a_classifier_has_one_head_of_those_that_peft_names():

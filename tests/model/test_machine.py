@@ -3,13 +3,21 @@
 import platform
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from lora_ft.errors import UserError
-from lora_ft.model.machine import Machine, choose_mapped_bytes, choose_settings, probe_machine, settle_validation
+from lora_ft.model.machine import (
+    Machine,
+    choose_mapped_bytes,
+    choose_settings,
+    place_untrained,
+    probe_machine,
+    settle_validation,
+)
 from lora_ft.sections import DataSection, ModelSection, Recipe, SourceSection
 
 CPU = Machine("cpu", "some CPU", 16 * 2**30, native_bf16=False, bf16_reason="measured 0.4× the speed of float32")
@@ -100,6 +108,16 @@ def test_validation_that_nobody_asked_for_is_given_up_quietly_and_asked_for_is_r
 def test_this_machine_is_probed():
     machine = probe_machine()
     assert machine.memory_bytes > 2**30 and machine.name and machine.bf16_reason
+
+
+@pytest.mark.parametrize(
+    ("device", "num_gpus", "place"),
+    [("cpu", 0, {"": "cpu"}), ("cuda:0", 1, {"": "cuda:0"}), ("cuda:0", 2, "sequential")],
+)
+def test_a_model_that_only_answers_may_lie_on_several_gpus(monkeypatch, device, num_gpus, place):
+    monkeypatch.setattr("lora_ft.model.machine.probe_machine", lambda: replace(AMPERE, device=device))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    assert place_untrained() == place
 
 
 PIECES = """
