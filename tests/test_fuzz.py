@@ -18,7 +18,14 @@ def test_readers_survive_what_nobody_should_write():
 
 @pytest.mark.parametrize(
     "value",
-    ["hf_" + "a1" * 15, "https://me:secret@example.org/rows.jsonl", "sk-" + "a1" * 20, "ghp_" + "a1" * 18],
+    [
+        "hf_" + "a1" * 15,
+        "https://me:secret@example.org/rows.jsonl",
+        "sk-" + "a1" * 20,
+        "ghp_" + "a1" * 18,
+        "AIza" + "a1" * 17 + "_",
+        "xoxb-" + "1234567890",
+    ],
 )
 def test_credentials_are_refused_and_not_shown(recipe_file, value):
     for section, overrides in (({"run_name": value}, []), ({}, [f"model.base={value}"])):

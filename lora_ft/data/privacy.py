@@ -21,6 +21,7 @@ from stdnum.in_ import aadhaar
 from stdnum.it import codicefiscale
 from stdnum.us import ssn
 
+from lora_ft import credentials
 from lora_ft.data.example import Example
 
 
@@ -63,22 +64,11 @@ IPV6 = r"(?<![\w:])(?:[\da-fA-F]{1,4}:){2,7}(?::?[\da-fA-F]{1,4})+(?![\w:])"
 MANY_DIGITS = re.compile(r"\d(?:[ .()/-]{0,2}\d){6}")
 """Seven digits or more that belong together: what most numbers of a person have."""
 CAPITALS_AND_DIGITS = re.compile(r"[A-Z]{2}\d\d")
-GITHUB_TOKENS = ("ghp_", "gho_", "ghu_", "ghs_", "ghr_")
-PEM = r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]+-----|$)"
 PHONE_ABROAD = r"(?<![\w.])(?:\+|(?<!\d[ -])00)[1-9]\d{0,2}(?:[ .()/-]{0,2}\d){6,12}(?!\d)"
 PHONE_AMERICAN = r"(?<![\w.-])(?:\(\d{3}\) ?|\d{3}[.-])\d{3}[.-]\d{4}(?![\w-])"
 
 RECOGNISERS = (
-    Recogniser("PRIVATE_KEY", ("-----BEGIN",), PEM, is_secret=True),
-    Recogniser("API_KEY", ("sk-", "k_live_"), r"\b(?:sk-|[rs]k_live_)[A-Za-z0-9_-]{20,}", is_secret=True),
-    Recogniser("API_KEY", ("AKIA", "ASIA"), r"\bA[KS]IA[0-9A-Z]{16}\b", is_secret=True),
-    Recogniser("API_KEY", GITHUB_TOKENS, r"\bgh[pousr]_[A-Za-z0-9]{36,}", is_secret=True),
-    Recogniser("API_KEY", ("github_pat_",), r"\bgithub_pat_\w{50,}", is_secret=True),
-    Recogniser("API_KEY", ("hf_",), r"\bhf_[A-Za-z0-9]{30,}", is_secret=True),
-    Recogniser("API_KEY", ("AIza",), r"\bAIza[0-9A-Za-z_-]{35}", is_secret=True),
-    Recogniser("API_KEY", ("xox",), r"\bxox[abeoprs]-[0-9A-Za-z-]{10,}", is_secret=True),
-    Recogniser("TOKEN", ("eyJ",), r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}", is_secret=True),
-    Recogniser("PASSWORD", ("://",), r"(?<=://)[^\s:/@]+:[^\s:/@]+(?=@)", is_secret=True),
+    *(Recogniser(name, hint, form, is_secret=True) for name, hint, form in credentials.SECRETS),
     Recogniser("EMAIL", ("@",), r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+"),
     Recogniser("IBAN", CAPITALS_AND_DIGITS, r"\b[A-Z]{2}\d\d(?: ?[A-Z0-9]){11,30}\b", iban.is_valid),
     Recogniser("CARD", MANY_DIGITS, r"\b\d(?:[ -]?\d){12,18}\b", _is_card),
