@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import typing
 from collections.abc import Callable, Iterable, Sequence
@@ -30,7 +31,7 @@ from lora_ft.sections import (
     ModelSection,
     Recipe,
 )
-from lora_ft.yaml_lines import Document, Key, dotted, parse_scalar, read_yaml
+from lora_ft.yaml_lines import Document, Dumper, Key, dotted, parse_scalar, read_yaml
 
 OUR_SECTIONS: dict[str, Any] = {
     "model": ModelSection,
@@ -41,6 +42,11 @@ OUR_SECTIONS: dict[str, Any] = {
 }
 UNMEASURED = {"classification": ("generate", "metrics", "max_new_tokens", "general"), "seq2seq": ("general",)}
 """`data.task` → keys of `evaluation` that say nothing there: a class is not written, and an answer is no text."""
+IDLE = {
+    "load_in_4bit": ("llm_int8_threshold", "llm_int8_has_fp16_weight"),
+    "load_in_8bit": ("bnb_4bit_",),
+}
+"""How weights are read → how the keys of `quantization` begin that say nothing then."""
 INDEX = re.compile("[0-9]{1,9}")
 """A number in the way to a value: the place in a list."""
 REQUIRED = ("output_dir", "model", "data")
@@ -51,14 +57,23 @@ LORAPLUS = "loraplus_lr_ratio"
 EARLY_STOPPING = "early_stopping_patience"
 """The one key under `training` that is no SFTConfig field: `LoraTrainer` goes by it, over a resume too."""
 
+LogLevel = Literal["detail", "debug", "info", "warning", "error", "critical", "passive"]
+
 OUR_FIELDS: dict[str, dict[str, LibraryField]] = {
     "lora": {LORAPLUS: LibraryField(float)},
     "training": {
         "per_device_train_batch_size": LibraryField(int | Literal["auto"]),
         EARLY_STOPPING: LibraryField(int),
+        "optim": LibraryField(str, takes_null=False),
+        "gradient_checkpointing_kwargs": LibraryField(dict[str, Any] | None),
+        "activation_checkpointing_kwargs": LibraryField(dict[str, Any] | None),
+        "log_level": LibraryField(LogLevel),
+        "log_level_replica": LibraryField(LogLevel),
+        "include_num_input_tokens_seen": LibraryField(bool | Literal["all", "non_padding", "no"]),
     },
 }
-"""Fields of the libraries' sections that are ours, or that take more than the library does."""
+"""Fields of the libraries' sections that are ours, that take more than the library does, or whose values it names only
+in words."""
 
 RENAMED = {
     "activation_checkpointing": "gradient_checkpointing",
@@ -162,9 +177,50 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     "export.push_to": (_is_repository, "A repository on the Hub is named ORG/NAME.", "Give both parts."),
     "lora.r": (lambda v: v > 0, "A rank is at least 1.", "Write 16, say."),
     "lora.lora_dropout": (lambda v: 0 <= v < 1, "A probability lies between 0 and 1.", "Write 0.05, or leave it out."),
+    "lora.lora_alpha": (lambda v: v > 0, "At 0 the adapter would do nothing.", "Write 32, say."),
+    **dict.fromkeys(
+        ("lora.kasa_config", "lora.velora_config", "lora.monteclora_config", "lora.arrow_config"),
+        (
+            lambda _: False,
+            "This kind of LoRA wants a loss, other adapters, or values of weights that no plan of memory has.",
+            "Leave it out, and train plain LoRA, or with use_dora or use_rslora.",
+        ),
+    ),
     "lora.loraplus_lr_ratio": (lambda v: v > 0, "A ratio of learning rates is above 0.", "Write 16, say."),
     "training.learning_rate": (lambda v: 0 < v < 10, "A learning rate lies above 0 and below 10.", "Write 2e-4, say."),
-    "training.num_train_epochs": (lambda v: v > 0, "At least part of an epoch is trained.", "Write 3, say."),
+    "training.num_train_epochs": (
+        lambda v: 0 < v < math.inf,
+        "At least part of an epoch is trained, and the last one ends.",
+        "Write 3, say.",
+    ),
+    "training.max_steps": (lambda v: v == -1 or v > 0, "At least one step is trained.", "Write 100, say, or -1."),
+    **dict.fromkeys(
+        ("training.seed", "training.data_seed"),
+        (lambda v: 0 <= v < 2**32, "A seed is not negative, and has at most 32 bits.", "Write 42, say."),
+    ),
+    **dict.fromkeys(
+        ("training.logging_steps", "training.eval_steps", "training.save_steps"),
+        (lambda v: 0 <= v < math.inf, "A number of steps is not negative, and ends.", "Write 10, say."),
+    ),
+    "training.pad_to_multiple_of": (
+        lambda _: False,
+        "Rows are joined, or padded to the longest of their batch and no further.",
+        "Leave it out.",
+    ),
+    "training.parallelism_config": (
+        lambda _: False,
+        "It is an object of accelerate, which a recipe cannot write.",
+        "Leave it out; devices share a training as accelerate launch --config_file says.",
+    ),
+    "training.save_total_limit": (lambda v: v > 0, "At least one checkpoint is kept.", "Write 2, or null for all."),
+    "training.max_grad_norm": (lambda v: v >= 0, "A norm is not negative.", "Write 1.0, or 0 to clip nothing."),
+    "training.neftune_noise_alpha": (
+        lambda v: 0 <= v < math.inf,
+        "Noise is not negative, and finite.",
+        "Write 5, or leave it out.",
+    ),
+    "training.dataloader_num_workers": (lambda v: v >= 0, "A number of processes is not negative.", "Write 0, or 2."),
+    "training.dataloader_prefetch_factor": (lambda v: v > 0, "A worker reads ahead a batch at least.", "Write 2, say."),
     "training.per_device_train_batch_size": (
         lambda v: v == "auto" or v > 0,
         "A batch has at least one row.",
@@ -209,7 +265,8 @@ def dump_recipe(recipe: Recipe) -> str:
         "guards": dataclasses.asdict(recipe.guards),
         "export": dataclasses.asdict(recipe.export),
     }
-    text = yaml.safe_dump({k: v for k, v in sections.items() if v is not None}, sort_keys=False, allow_unicode=True)
+    filled = {key: value for key, value in sections.items() if value is not None}
+    text = yaml.dump(filled, Dumper=Dumper, sort_keys=False, allow_unicode=True)
     reasons = {choice.key: choice.reason for choice in recipe.choices}
     lines, section = [], ""
     for line in text.splitlines():
@@ -247,7 +304,7 @@ def _apply_overrides(document: Document, overrides: Iterable[str]) -> set[Key]:
             continue
         try:
             _set_value(document.values, key, parse_scalar(text))
-        except (KeyError, IndexError, TypeError, ValueError, RecursionError, yaml.YAMLError):
+        except (KeyError, IndexError, TypeError, ValueError, RecursionError, yaml.YAMLError, UserError):
             document.faults.append(
                 Fault(
                     f"command line  {override}",
@@ -405,17 +462,14 @@ def _check_together(values: dict[str, Any], document: Document, faults: list[Fau
     if not adapter and not lora:
         rule = "The section lora is missing: there would be nothing to train."
         faults.append(Fault(document.path, None, rule, "Add lora: {r: 16, lora_alpha: 32, target_modules: all-linear}"))
-    bits = [name for name in ("load_in_4bit", "load_in_8bit") if quantization.get(name)]
-    if quantization and len(bits) != 1:
-        rule = (
-            "Weights are read in 4 bit or in 8 bit."
-            if bits
-            else "Without load_in_4bit or load_in_8bit it does nothing."
-        )
-        fix = "Set one of load_in_4bit and load_in_8bit, or remove the section."
-        faults.append(Fault(document.place(("quantization",)), None, rule, fix))
+    _check_quantization(quantization, document, faults)
+    training = section("training")
+    for key in ("dataloader_persistent_workers", "dataloader_prefetch_factor"):
+        if training.get(key) and not training.get("dataloader_num_workers"):
+            rule = "Without training.dataloader_num_workers there is no worker."
+            faults.append(Fault(document.place(("training", key)), training[key], rule, "Write 2 there, say."))
     task = section("data").get("task", "sft")
-    for key in UNMEASURED.get(task, ()):
+    for key in UNMEASURED.get(str(task), ()):
         default = getattr(EvaluationSection, key)
         value = section("evaluation").get(key)
         if value not in (None, default, list(default) if isinstance(default, tuple) else default):
@@ -426,6 +480,23 @@ def _check_together(values: dict[str, Any], document: Document, faults: list[Fau
     if all(isinstance(share, (int, float)) for share in shares) and sum(shares) >= 1:
         rule = "All shares together must leave rows for training."
         faults.append(Fault(document.place(("data", "split")), sum(shares), rule, "Write 0.1 for a tenth."))
+
+
+def _check_quantization(quantization: dict[str, Any], document: Document, faults: list[Fault]) -> None:
+    bits = [name for name in IDLE if quantization.get(name)]
+    if quantization and len(bits) != 1:
+        rule = (
+            "Weights are read in 4 bit or in 8 bit."
+            if bits
+            else "Without load_in_4bit or load_in_8bit it does nothing."
+        )
+        fix = "Set one of load_in_4bit and load_in_8bit, or remove the section."
+        faults.append(Fault(document.place(("quantization",)), None, rule, fix))
+        return
+    for key, value in quantization.items():
+        if value is not None and str(key).startswith(IDLE[bits[0]]):
+            rule = f"It does nothing beside {bits[0]}."
+            faults.append(Fault(document.place(("quantization", key)), value, rule, "Leave it out."))
 
 
 def _unknown(document: Document, key: Key, value: Any, known: Iterable[str], rule: str) -> Fault:
@@ -447,6 +518,6 @@ def check_buildable(section: str, build: Callable[..., Any], values: dict[str, A
     """
     try:
         return build(**values)
-    except (ValueError, TypeError, ImportError, KeyError, AttributeError) as fault:
+    except (ValueError, TypeError, ImportError, LookupError, AttributeError, OSError, RuntimeError) as fault:
         rule = f"{LIBRARY_CLASSES[section].title} refuses these values: {str(fault).strip()}"
         raise UserError(f"{place}  {section.partition('/')[0]}", None, rule, "Change the value it names.") from fault

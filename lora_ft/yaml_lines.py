@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from lora_ft.errors import Fault, UserError
+from lora_ft.errors import Fault, UserError, raise_faults
 
 Key = tuple[str | int, ...]
 """The way to a value: `("data", "sources", 0, "path")`."""
@@ -19,22 +19,30 @@ MAX_VALUES = 20_000
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, but `2e-4` is a number, and `no` is a word (`eval_strategy: no`), as in YAML 1.2."""
+    """PyYAML's, but plain words are read as in YAML 1.2: `2e-4` and `010` are numbers, `no` and `1:30` are text."""
 
 
-READ_OTHERWISE = {"tag:yaml.org,2002:timestamp", "tag:yaml.org,2002:bool"}
+class Dumper(yaml.SafeDumper):
+    """PyYAML's, which also puts into quotes what only `_Loader` takes for a number."""
+
+
+PLAIN_WORDS = {
+    "bool": ("true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": ("[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    "float": (
+        r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+0123456789.",
+    ),
+}
+"""Tag → how a word without quotes is written to have it, and the characters it begins with: YAML 1.2, chapter 10.3."""
+READ_OTHERWISE = {f"tag:yaml.org,2002:{name}" for name in ("timestamp", *PLAIN_WORDS)}
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag not in READ_OTHERWISE]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
+for _name, (_pattern, _first) in PLAIN_WORDS.items():
+    for _kind in (_Loader, Dumper):
+        _kind.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), list(_first))
 
 
 def _read_text(loader: _Loader, node: yaml.ScalarNode) -> str:
@@ -43,7 +51,17 @@ def _read_text(loader: _Loader, node: yaml.ScalarNode) -> str:
     return str(node.value)
 
 
+def _read_whole(loader: _Loader, node: yaml.ScalarNode) -> int:
+    return int(node.value, 0 if node.value[:2] in ("0o", "0x") else 10)
+
+
+def _read_number(loader: _Loader, node: yaml.ScalarNode) -> float:
+    return float(re.sub(r"\.(?=inf|nan)", "", node.value.lower()))
+
+
 _Loader.add_constructor("tag:yaml.org,2002:str", _read_text)
+_Loader.add_constructor("tag:yaml.org,2002:int", _read_whole)
+_Loader.add_constructor("tag:yaml.org,2002:float", _read_number)
 
 
 @dataclass
@@ -101,12 +119,17 @@ def read_yaml(path: Path, shown: str) -> Document:
 
 
 def parse_scalar(text: str) -> Any:
-    """A value from the command line, read as YAML would read it in the file: `2e-4`, `[q_proj, v_proj]`, `null`."""
-    loader = _Loader(text)
-    try:
-        return loader.get_single_data()
-    finally:
-        loader.dispose()
+    """A value from the command line, read as it would be in the file: `2e-4`, `[q_proj, v_proj]`, `null`.
+
+    Raises:
+        UserError: a value is not what its tag says, or there are too many.
+        yaml.YAMLError: it is not YAML.
+    """
+    document = Document("command line")
+    node = yaml.compose(text, _Loader)
+    value = None if node is None else _to_value(node, (), document)
+    raise_faults(document.faults)
+    return value
 
 
 def _to_value(node: yaml.Node, key: Key, document: Document) -> Any:
@@ -123,10 +146,11 @@ def _to_value(node: yaml.Node, key: Key, document: Document) -> Any:
         return _to_mapping(node, key, document)
     loader = _Loader("")
     try:
-        return loader.construct_object(node)
-    except ValueError as fault:
+        return loader.construct_object(node, deep=True)
+    except (ValueError, LookupError, AttributeError) as fault:
         shown = node.value if node.value.isprintable() else ascii(node.value)
-        document.faults.append(Fault(document.place(key), shown, f"{fault}.", "Quote it, or mend it."))
+        rule = str(fault) if isinstance(fault, ValueError) else f"This is no {node.tag.rpartition(':')[2]}"
+        document.faults.append(Fault(document.place(key), shown, f"{rule}.", "Quote it, or mend it."))
         return None
     finally:
         loader.dispose()

@@ -7,6 +7,7 @@ import typing
 import pytest
 
 from lora_ft.library_fields import accepts, describe, read_fields
+from lora_ft.recipe import LogLevel
 
 
 def test_fields_agree_with_the_imported_classes():
@@ -61,3 +62,9 @@ def test_accepts(expected, value, fits):
 
 def test_describe():
     assert describe(typing.Union[list[str], str, None]) == "a list, each item text or text or null"  # noqa: UP007
+
+
+def test_levels_of_the_log_are_those_of_transformers():
+    from transformers.training_args import trainer_log_levels
+
+    assert set(typing.get_args(LogLevel)) == set(trainer_log_levels)

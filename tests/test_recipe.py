@@ -1,14 +1,18 @@
 """Recipes: every fault named with place, value, rule and fix; what is right comes through unchanged."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from lora_ft.builtin import locate_model
 from lora_ft.errors import UserError
-from lora_ft.model.planning import describe_work
+from lora_ft.model.memory import Hardware
+from lora_ft.model.planning import describe_work, plan_memory, profile_recipe
 from lora_ft.recipe import OWNED_ELSEWHERE, check_buildable, dump_recipe, load_recipe
+from lora_ft.yaml_lines import parse_scalar, read_yaml
 
 GOOD = """\
 output_dir: runs/x
@@ -20,6 +24,8 @@ data:
 training:
   learning_rate: 2e-4
 """
+WREN = locate_model("builtin:wren")
+BAD_TAGS = ["bool maybe", "int ''", "float ''", "timestamp foo"]
 
 
 def write(folder: Path, text: str) -> Path:
@@ -128,6 +134,8 @@ def test_whatever_a_library_refuses_with_is_a_fault():
     fields = {"load_in_4bit": True, "bnb_4bit_compute_dtype": "bf16"}
     with pytest.raises(UserError, match="bf16"):
         check_buildable("quantization", BitsAndBytesConfig, fields, "recipe")
+    with pytest.raises(UserError, match="No such file"):  # as of `training.accelerator_config: abc`
+        check_buildable("training", open, {"file": "/nowhere/abc"}, "recipe")
 
 
 def test_checkpointing_has_one_name_here_and_may_have_either_in_a_recipe(tmp_path):
@@ -173,11 +181,121 @@ def test_keys_owned_elsewhere_are_refused(tmp_path, section, key):
         ("data=3", "data is a mapping of keys to values."),
         ("lora=3", "lora is a mapping."),
         ("evaluation.generate=few", "Expected"),
+        ("data.task=[sft]", 'Expected one of "sft", "classification", "seq2seq".'),
+        ("lora.lora_alpha=0", "At 0 the adapter would do nothing."),
+        *((f"lora.{kind}_config={{}}", "This kind of LoRA") for kind in ("kasa", "velora", "monteclora", "arrow")),
+        ("training.seed=-1", "A seed is not negative, and has at most 32 bits."),
+        (f"training.seed={2**32}", "at most 32 bits"),
+        (f"training.data_seed={2**70}", "at most 32 bits"),
+        ("training.num_train_epochs=.inf", "the last one ends"),
+        ("training.num_train_epochs=.nan", "At least part of an epoch is trained"),
+        ("training.max_steps=0", "At least one step is trained."),
+        ("training.max_steps=-2", "At least one step is trained."),
+        ("training.max_grad_norm=-1", "A norm is not negative."),
+        ("training.max_grad_norm=.nan", "A norm is not negative."),
+        ("training.logging_steps=-3", "A number of steps is not negative"),
+        ("training.eval_steps=-2", "A number of steps is not negative"),
+        ("training.save_steps=-1", "A number of steps is not negative"),
+        ("training.save_steps=.inf", "and ends"),
+        ("training.save_total_limit=-1", "At least one checkpoint is kept."),
+        ("training.neftune_noise_alpha=-1", "Noise is not negative"),
+        ("training.dataloader_num_workers=-1", "A number of processes is not negative."),
+        ("training.dataloader_persistent_workers=true", "there is no worker"),
+        ("training.dataloader_prefetch_factor=2", "there is no worker"),
+        ("training.log_level=foo", 'Expected one of "detail", "debug"'),
+        ("training.log_level_replica=null", "Expected one of"),
+        ("training.include_num_input_tokens_seen=foo", 'Expected true or false or one of "all", "non_padding", "no".'),
+        ("training.optim=5", "Expected text."),
+        ("training.gradient_checkpointing_kwargs=abc", "Expected a mapping or null."),
+        ("training.activation_checkpointing_kwargs=abc", "Expected a mapping or null."),
+        ("training.parallelism_config={tp_size: 2}", "which a recipe cannot write"),
+        ("training.pad_to_multiple_of=8", "padded to the longest of their batch"),
+        ("quantization={load_in_8bit: true, bnb_4bit_quant_type: nf4}", "It does nothing beside load_in_8bit."),
+        ("quantization={load_in_4bit: true, llm_int8_threshold: 6.0}", "It does nothing beside load_in_4bit."),
+        ("quantization={load_in_4bit: true, llm_int8_has_fp16_weight: true}", "It does nothing beside load_in_4bit."),
+        *((f"training.seed=!!{tag}", "not a YAML value") for tag in BAD_TAGS),
+        ("lora.target_modules=&a [*a]", "not a YAML value"),
     ],
 )
 def test_refusals(tmp_path, override, expected):
     message = faults_of(tmp_path, GOOD, override)
-    assert expected in message
+    assert expected in message and override.partition("=")[0].partition(".")[0] in message
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "training.max_grad_norm=0",
+        "training.max_steps=-1",
+        "training.log_level=passive",
+        "training.include_num_input_tokens_seen=non_padding",
+        "training.include_num_input_tokens_seen=true",
+        "training.dataloader_prefetch_factor=null",
+        "training={dataloader_num_workers: 1, dataloader_persistent_workers: true, dataloader_prefetch_factor: 2}",
+        f"training.seed={2**32 - 1}",
+        "training.gradient_checkpointing_kwargs={use_reentrant: false}",
+        "quantization={load_in_4bit: true, llm_int8_skip_modules: [lm_head]}",
+        "lora.kasa_config=null",
+    ],
+)
+def test_values_at_the_edge_are_let_through(tmp_path, override):
+    load_recipe(write(tmp_path, GOOD), [override])
+
+
+@pytest.mark.parametrize("tag", BAD_TAGS)
+def test_values_that_are_not_what_their_tag_says(tmp_path, tag):
+    message = faults_of(tmp_path, GOOD + f"  seed: !!{tag}\n")
+    assert f"{tmp_path / 'recipe.yaml'}:9  training.seed" in message and "Quote it, or mend it." in message
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("010", 10),
+        ("0o10", 8),
+        ("0x1F", 31),
+        ("-3", -3),
+        ("1:30", "1:30"),
+        ("1:30.5", "1:30.5"),
+        ("1_000", "1_000"),
+        ("0b11", "0b11"),
+        ("1.", 1.0),
+        (".5", 0.5),
+        ("-.inf", -math.inf),
+        ("!!float 3", 3.0),
+    ],
+)
+def test_numbers_are_those_of_yaml_1_2(tmp_path, text, value):
+    path = tmp_path / "numbers.yaml"
+    path.write_text(f"key: {text}\n")
+    for found in (read_yaml(path, "numbers.yaml").values["key"], parse_scalar(text)):
+        assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize("revision", ["0o10", "2e4", "010", "1:30", "no", "1_000"])
+def test_text_that_looks_like_a_number_survives_the_dump(tmp_path, revision):
+    recipe = load_recipe(write(tmp_path, GOOD), [f'model.revision="{revision}"'])
+    assert load_recipe(write(tmp_path, dump_recipe(recipe))).model.revision == revision
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["training.per_device_train_batch_size=99999999999"],
+        ["training.per_device_train_batch_size=auto", "training.gradient_accumulation_steps=99999999999"],
+    ],
+    ids=str,
+)
+def test_a_step_of_very_many_rows_is_planned_at_once(tmp_path, overrides):
+    planned = plan_memory(load_recipe(write(tmp_path, GOOD), overrides), WREN, Hardware("cpu", 2**33))
+    assert planned.work.batch_size * planned.work.accumulation == 99999999999
+    assert planned.plan.fits or "per_device_train_batch_size=9 " in str(planned.changes[0])
+
+
+def test_an_adapter_that_peft_cannot_even_plan(tmp_path):
+    recipe = load_recipe(write(tmp_path, GOOD), ["lora.layer_replication=[[0, 99]]"])
+    with pytest.raises(UserError, match=r"^lora\n  No such adapter can be put on this base: index"):
+        profile_recipe(recipe, WREN)
 
 
 def test_library_values_that_no_annotation_spells_out_are_let_through(tmp_path):

@@ -22,8 +22,8 @@ from lora_ft.sections import Choice, Recipe
 AUTO = "auto"
 DEFAULT_ROWS = 16
 """Rows a device puts into an optimizer step where the batch size is `auto` and nothing else is said."""
-SHORTEST, LOWEST_RANK = 128, 4
-"""No shorter row and no lower rank is proposed."""
+SHORTEST, LOWEST_RANK, LARGEST_BATCH = 128, 4, 65_536
+"""No shorter row, no lower rank and no larger batch is proposed."""
 LORA_SHAPE = (
     "r",
     "target_modules",
@@ -131,7 +131,7 @@ def profile_recipe(recipe: Recipe, base_folder: Path) -> ModelProfile:
     """The profile of the recipe's base with its adapter.
 
     Raises:
-        UserError: transformers has no model of this architecture for the task.
+        UserError: transformers has no model of this architecture for the task, or PEFT no such adapter for it.
     """
     model, task, lora = recipe.model, recipe.data.task, recipe.lora
     config = read_config(base_folder, model, task)
@@ -149,6 +149,9 @@ def profile_recipe(recipe: Recipe, base_folder: Path) -> ModelProfile:
         return profile_model(config, dtype, lora, skipped, task, model.trust_remote_code)
     except (OSError, ValueError, ImportError) as fault:
         raise unreadable(model, task, fault) from fault
+    except (RuntimeError, AttributeError, LookupError, ArithmeticError) as fault:
+        rule = f"No such adapter can be put on this base: {str(fault).partition(chr(10))[0].rstrip('.')}."
+        raise UserError("lora", None, rule, "Change the setting it names, or leave it out.") from fault
 
 
 def describe_work(recipe: Recipe, longest: int | None = None) -> Workload:
@@ -173,11 +176,16 @@ def _settle_batch(recipe: Recipe, work: Workload, profile: ModelProfile, hardwar
     rows = recipe.training.get("gradient_accumulation_steps", DEFAULT_ROWS)
     options = [False, True] if _is_open(recipe, "gradient_checkpointing") else [work.checkpointing]
     for checkpointing in options:
-        for batch in (size for size in range(rows, 0, -1) if rows % size == 0):
+        for batch in _divide(rows, rows):
             tried = replace(work, batch_size=batch, accumulation=rows // batch, checkpointing=checkpointing)
             if plan_step(profile, tried, hardware).fits:
                 return _write_batch(recipe, tried), tried
     return _write_batch(recipe, replace(work, accumulation=rows)), replace(work, accumulation=rows)
+
+
+def _divide(rows: int, most: int) -> Iterator[int]:
+    """Batches of at most so many rows that a step of `rows` is made of, the largest first."""
+    return (size for size in range(min(most, LARGEST_BATCH), 0, -1) if rows % size == 0)
 
 
 def _write_batch(recipe: Recipe, work: Workload) -> Recipe:
@@ -255,7 +263,7 @@ def _checkpoint(step: Step, rank: int) -> Shrunk:
 
 def _smaller_batch(step: Step, rank: int) -> Shrunk:
     rows = step.work.batch_size * step.work.accumulation
-    for batch in (size for size in range(step.work.batch_size - 1, 0, -1) if rows % size == 0):
+    for batch in _divide(rows, step.work.batch_size - 1):
         sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": rows // batch}
         work = replace(step.work, batch_size=batch, accumulation=rows // batch)
         yield {f"training.{key}": size for key, size in sizes.items()}, replace(step, work=work)
