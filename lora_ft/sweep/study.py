@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,19 +18,24 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from lora_ft.errors import RunFailed, UserError
+from lora_ft.errors import Interrupted, RunFailed, UserError
 from lora_ft.fingerprint import hash_json
 from lora_ft.recipe import dump_recipe, load_recipe
 from lora_ft.sections import Recipe
 from lora_ft.sweep.space import Axis, as_override, describe_space, load_space
 
-RunTrial = Callable[[Recipe, Callable[[int, float], bool]], float | None]
+RunTrial = Callable[[Recipe, Callable[[int, float], bool], Callable[[str, str], None]], float | None]
+"""Recipe, what takes the number and loss of each evaluation, and what takes the fingerprints of base and data."""
 SEED = 42
 STARTUP_TRIALS = 4
 """Trials drawn at random, and never ended early, before the sampler and the pruner have something to go by."""
 STUDY, RESULT, BEST = "sweep.db", "sweep.json", "best.yaml"
 FAULT = "fault"
 """Attribute of a trial that broke: what was wrong."""
+
+
+class InputsChanged(UserError):
+    """Base or data are no longer those of the trials before: no trial can be held against them."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,8 @@ def sweep(
 
     Raises:
         UserError: Optuna is absent, the space does not fit the recipe, or the folder holds another sweep.
+        Interrupted: a signal ended a trial; the same sweep begins it again.
+        RunFailed: no trial was complete.
     """
     if importlib.util.find_spec("optuna") is None:
         raise UserError("sweep", None, "The package optuna is not installed.", "Run: pip install 'lora-ft[sweep]'")
@@ -92,10 +100,16 @@ def sweep(
             while (number := count_ended(study)) < num_trials:
                 print(f"trial {number + 1} of {num_trials}", file=sys.stderr)
                 run_one(study, axes, recipe, overrides, folder, train)
-            return write_result(study, axes, recipe, overrides, folder)
+            result = write_result(study, axes, recipe, overrides, folder)
     except Timeout:
         rule = "Another process sweeps into this folder."
         raise UserError(str(folder), None, rule, "Wait for it, or name another --out.") from None
+    if result.best is None:
+        faults = [trial.user_attrs[FAULT] for trial in study.trials if FAULT in trial.user_attrs]
+        fault = faults[-1] if faults else "each was ended early."
+        rule = f"None of {number} trials was complete. The last fault: {fault}"
+        raise RunFailed(str(folder), None, rule, "Mend that, or narrow the space, and name another --out.")
+    return result
 
 
 def _load_run_trial() -> RunTrial:
@@ -129,8 +143,14 @@ def open_study(folder: Path, recipe: Recipe, axes: Sequence[Axis]) -> Any:
     for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):
         study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
         study.enqueue_trial(trial.params)
+        shutil.rmtree(find_trial_folder(folder, trial.number), ignore_errors=True)
     study.sampler = optuna.samplers.TPESampler(seed=SEED + len(study.trials), n_startup_trials=STARTUP_TRIALS)
     return study
+
+
+def find_trial_folder(folder: Path, number: int) -> Path:
+    """Where a trial writes its log."""
+    return folder / "trials" / str(number)
 
 
 def find_storage(folder: Path) -> str:
@@ -158,34 +178,64 @@ def run_one(
 ) -> None:
     """The next trial. One that breaks, by a learning rate too high, say, counts as failed and the sweep goes on.
 
+    One that this raises at has not ended, and is put in line again by the next start.
+
     Raises:
-        UserError: a trial was refused before any was complete: the fault is the recipe's.
+        UserError: the first trial was refused: the fault is the recipe's. Or base or data have changed.
+        Interrupted: a signal ended it.
     """
     from optuna.trial import TrialState
 
+    is_first = count_ended(study) == 0
     trial = study.ask()
     drawn = [as_override(axis.key, axis.suggest(trial)) for axis in axes]
-    own_folder = as_override("output_dir", str(folder / "trials" / str(trial.number)))
+    own_folder = find_trial_folder(folder, trial.number)
 
     def report(number: int, loss: float) -> bool:
         trial.report(loss, number)
         return trial.should_prune()
 
+    def check_inputs(base: str, data: str) -> None:
+        refuse_changes(study, folder, {"model.base": base, "data": data})
+
     try:
-        loss = run_trial(load_recipe(recipe, [*overrides, *drawn, own_folder]), report)
+        drawn_recipe = load_recipe(recipe, [*overrides, *drawn, as_override("output_dir", str(own_folder))])
+        loss = run_trial(drawn_recipe, report, check_inputs)
         if loss is not None and not math.isfinite(loss):
             raise RunFailed(f"trial {trial.number}", loss, "The validation loss is not finite.", "")
+    except Interrupted:
+        shutil.rmtree(own_folder, ignore_errors=True)  # with the checkpoint, from which no trial goes on
+        rule = f"Trial {trial.number} was stopped by a signal."
+        raise Interrupted(str(folder), None, rule, "The same command begins it again.") from None
     except (UserError, RuntimeError, MemoryError) as error:  # a device without memory left raises a RuntimeError
+        is_refused = isinstance(error, UserError) and not isinstance(error, RunFailed)
+        if isinstance(error, InputsChanged) or (is_first and is_refused):
+            raise
         trial.set_user_attr(FAULT, str(error))
         study.tell(trial, state=TrialState.FAIL)
-        if not study.get_trials(states=[TrialState.COMPLETE]):
-            raise
         print(error, file=sys.stderr)
         return
     if loss is None:
         study.tell(trial, state=TrialState.PRUNED)
     else:
         study.tell(trial, loss)
+
+
+def refuse_changes(study: Any, folder: Path, fingerprints: dict[str, str]) -> None:
+    """Keeps the fingerprints of base and data, against which later trials are held.
+
+    Raises:
+        InputsChanged: a trial is complete, and had others.
+    """
+    from optuna.trial import TrialState
+
+    before = study.user_attrs if study.get_trials(states=[TrialState.COMPLETE]) else {}
+    changed = [name for name, found in fingerprints.items() if before.get(name, found) != found]
+    if changed:
+        rule = f"Changed since its trials: {' and '.join(changed)}. No loss could be held against theirs."
+        raise InputsChanged(str(folder), None, rule, "Name another --out, or bring back what there was.")
+    for name, found in fingerprints.items():
+        study.set_user_attr(name, found)
 
 
 def write_result(

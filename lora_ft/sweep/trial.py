@@ -9,7 +9,9 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from lora_ft.data.cache import fingerprint_data
 from lora_ft.data.prepare import build_splits
+from lora_ft.data.sources import find_source
 from lora_ft.errors import UserError
 from lora_ft.libraries import quiet_libraries
 from lora_ft.model.load import find_base, load_tokenizer
@@ -21,6 +23,8 @@ from lora_ft.training.distributed import read_launch
 
 Report = Callable[[int, float], bool]
 """(number of the evaluation, validation loss) → whether the trial is to end here."""
+CheckInputs = Callable[[str, str], None]
+"""(fingerprint of the base, fingerprint of the data) → nothing, or a UserError."""
 FOR_TRIALS = {"save_strategy": "no", "report_to": "none", "load_best_model_at_end": False}
 """A trial leaves no weights: the best recipe is trained again."""
 
@@ -37,13 +41,14 @@ class PruningCallback(TrainerCallback):
             self.is_pruned = control.should_training_stop = True
 
 
-def run_trial(recipe: Recipe, report: Report) -> float | None:
+def run_trial(recipe: Recipe, report: Report, check_inputs: CheckInputs) -> float | None:
     """The validation loss of the adapter that this recipe would leave; None where the trial was ended early.
 
     Under `load_best_model_at_end` that is the lowest, otherwise the last.
 
     Raises:
-        UserError: the recipe has no validation rows, or is refused when its parts are built.
+        UserError: the recipe has no validation rows, never evaluates, or is refused when its parts are built, or
+            `check_inputs` refuses its base or its data, before anything is trained.
     """
     quiet_libraries()
     keeps_best = bool(recipe.training.get("load_best_model_at_end") or EARLY_STOPPING in recipe.training)
@@ -51,6 +56,9 @@ def run_trial(recipe: Recipe, report: Report) -> float | None:
     recipe = settle_recipe(replace(recipe, training={**library_part(recipe.training), **FOR_TRIALS}), machine, launch)
     base = find_base(recipe.model.base, recipe.model.revision, recipe.model.trust_remote_code)
     tokenizer = load_tokenizer(base.folder, recipe.model, recipe.data.chat_template)
+    unpacked = replace(recipe.data, packing=False)  # the one key of the section that trials may differ in
+    sources = [find_source(source) for source in unpacked.sources]
+    check_inputs(base.fingerprint, fingerprint_data(sources, unpacked, tokenizer))
     splits = build_splits(recipe.data, tokenizer)
     splits = replace(splits, test=splits.test.select([]))
     recipe = fit_recipe(recipe, base.folder, tokenizer, splits, machine, launch).recipe
@@ -69,4 +77,7 @@ def run_trial(recipe: Recipe, report: Report) -> float | None:
         release_memory()
     if pruning.is_pruned:
         return None
+    if not pruning.losses:
+        rule = "No evaluation happened: training ended before the first one was due."
+        raise UserError("training.eval_steps", recipe.training.get("eval_steps"), rule, "Lower training.eval_delay.")
     return min(pruning.losses) if keeps_best else pruning.losses[-1]

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from lora_ft.errors import UserError
+from lora_ft.errors import Interrupted, RunFailed, UserError
 from lora_ft.recipe import load_recipe
 from lora_ft.sweep.space import load_space
 from lora_ft.sweep.study import sweep
@@ -40,7 +40,7 @@ def loss_of(recipe):
     return abs(math.log10(recipe.training["learning_rate"]) + 3) + (8 - recipe.lora["r"]) / 8
 
 
-def pretend(recipe, report):
+def pretend(recipe, report, check_inputs):
     """A trial that reports three validation losses on the way to its own."""
     for number in (1, 2, 3):
         if report(number, loss_of(recipe) + 3 - number):
@@ -66,7 +66,7 @@ def test_lists_and_whole_numbers(recipe_file, space_file, tmp_path):
     space = {"lora.target_modules": [["q_proj", "v_proj"], "all-linear"], "lora.r": {"low": 2, "high": 8, "step": 2}}
     seen = []
 
-    def record(recipe, report):
+    def record(recipe, report, check_inputs):
         seen.append((recipe.lora["target_modules"], recipe.lora["r"]))
         return float(len(seen))
 
@@ -76,22 +76,38 @@ def test_lists_and_whole_numbers(recipe_file, space_file, tmp_path):
     assert result.best.settings == {"lora.target_modules": seen[0][0], "lora.r": seen[0][1]}
 
 
-def test_sweep_goes_on_where_it_was_interrupted(recipe_file, space_file, tmp_path):
-    asked = []
+def test_steps_between_whole_numbers_may_be_parts_of_one(recipe_file, space_file, tmp_path):
+    seen = []
 
-    def interrupted(recipe, report):
+    def record(recipe, report, check_inputs):
+        seen.append(recipe.training["num_train_epochs"])
+        return float(len(seen))
+
+    space = {"training.num_train_epochs": {"low": 1, "high": 2, "step": 0.5}}
+    sweep(recipe_file(), space_file(space), 12, folder=tmp_path / "out", run_trial=record)
+    assert set(seen) == {1, 1.5, 2}
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), Interrupted("out", None, "checkpoint-3 is saved.", "")])
+def test_sweep_goes_on_where_it_was_interrupted(recipe_file, space_file, tmp_path, stop):
+    asked, again = [], []
+
+    def interrupted(recipe, report, check_inputs):
         asked.append(loss_of(recipe))
+        (recipe.output_dir / "checkpoint-3").mkdir(parents=True)
         if len(asked) == 3:
-            raise KeyboardInterrupt
+            raise stop
         return loss_of(recipe)
 
+    def go_on(recipe, report, check_inputs):
+        again.append(loss_of(recipe))
+        return again[-1]
+
     out, path, space = tmp_path / "out", recipe_file(), space_file()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(type(stop)):
         sweep(path, space, 5, folder=out, run_trial=interrupted)
-    again = []
-    result = sweep(
-        path, space, 5, folder=out, run_trial=lambda recipe, report: again.append(loss_of(recipe)) or again[-1]
-    )
+    result = sweep(path, space, 5, folder=out, run_trial=go_on)
+    assert not (out / "trials" / "2").exists()
     assert len(again) == 3, "two had ended"
     assert again[0] == pytest.approx(asked[2]), "the one that was interrupted comes first"
     assert [trial.state for trial in result.trials] == ["complete", "complete", "interrupted", *["complete"] * 3]
@@ -100,22 +116,82 @@ def test_sweep_goes_on_where_it_was_interrupted(recipe_file, space_file, tmp_pat
 
 def test_a_trial_that_breaks_does_not_end_the_sweep(recipe_file, space_file, tmp_path):
     refused = UserError("training", None, "A step does not fit.", "")
-    outcomes = iter([1.0, float("nan"), refused, torch.OutOfMemoryError("no memory left"), 0.5])
+    outcomes = iter([float("nan"), refused, torch.OutOfMemoryError("no memory left"), 1.0, 0.5])
 
-    def sometimes(recipe, report):
+    def sometimes(recipe, report, check_inputs):
         outcome = next(outcomes)
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
 
     result = sweep(recipe_file(), space_file(), 5, folder=tmp_path / "what?#{1}", run_trial=sometimes)
-    assert [trial.state for trial in result.trials] == ["complete", *["failed"] * 3, "complete"]
+    assert [trial.state for trial in result.trials] == [*["failed"] * 3, *["complete"] * 2]
     assert (tmp_path / "what?#{1}" / "sweep.db").is_file()
     assert result.best.loss == 0.5
 
 
+def test_a_sweep_of_which_every_trial_breaks_has_failed(recipe_file, space_file, tmp_path):
+    faults = iter([torch.OutOfMemoryError("no memory left"), RunFailed("step 3", None, "The loss is not finite.", "")])
+
+    def fail(recipe, report, check_inputs):
+        raise next(faults)
+
+    with pytest.raises(RunFailed, match=r"None of 2 trials was complete(.|\n)*The loss is not finite"):
+        sweep(recipe_file(), space_file(), 2, folder=tmp_path / "out", run_trial=fail)
+    states = [trial["state"] for trial in json.loads((tmp_path / "out" / "sweep.json").read_text())["trials"]]
+    assert states == ["failed"] * 2
+
+
+@pytest.mark.parametrize(("now", "changed"), [(("base", "other"), "data"), (("other", "data"), "model.base")])
+def test_trials_of_other_rows_or_another_base_are_refused(recipe_file, space_file, tmp_path, now, changed):
+    """Nothing is refused while no trial is complete: what was wrong with the data may have been mended."""
+    inputs = [("base", "refused"), ("base", "data"), now, ("base", "data")]
+
+    def train(recipe, report, check_inputs):
+        base, data = inputs.pop(0)
+        check_inputs(base, data)
+        if data == "refused":
+            raise UserError("data", None, "There is no such file.", "")
+        return 1.0
+
+    path, space, out = recipe_file(), space_file(), tmp_path / "out"
+    with pytest.raises(UserError, match="no such file"):
+        sweep(path, space, 2, folder=out, run_trial=train)
+    with pytest.raises(UserError, match=rf"since its trials: {changed}\. .*another --out"):
+        sweep(path, space, 2, folder=out, run_trial=train)
+    result = sweep(path, space, 2, folder=out, run_trial=train)
+    assert [trial.state for trial in result.trials] == ["interrupted", "complete", "interrupted", "complete"]
+
+
+def test_trial_tells_its_base_and_data_before_it_trains(recipe_file, tmp_path):
+    """Packing changes no row; anything else about the data changes what losses are measured on."""
+    from lora_ft.sweep.trial import run_trial
+
+    seen = []
+
+    def stop(base, data):
+        seen.append((base, data))
+        raise UserError("here", None, "Enough.", "")
+
+    path = recipe_file(training={"eval_strategy": "epoch"})
+    for packing in ("false", "true"):
+        with pytest.raises(UserError, match="Enough"):
+            run_trial(load_recipe(path, [f"data.packing={packing}"]), pytest.fail, stop)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(rows.read_text().replace("red", "pink"))
+    with pytest.raises(UserError, match="Enough"):
+        run_trial(load_recipe(path), pytest.fail, stop)
+    assert seen[0] == seen[1] and seen[2][0] == seen[0][0] and seen[2][1] != seen[0][1]
+
+
+def test_folder_may_have_any_name(recipe_file, space_file, tmp_path):
+    folder = tmp_path / "sw😀 ü"
+    result = sweep(recipe_file(), space_file(), 1, folder=folder, run_trial=pretend)
+    assert result.best and load_recipe(folder / "best.yaml").output_dir == folder / "best"
+
+
 def test_a_recipe_that_is_refused_ends_the_sweep(recipe_file, space_file, tmp_path):
-    def refuse(recipe, report):
+    def refuse(recipe, report, check_inputs):
         raise UserError("model.base", None, "There is no such base.", "")
 
     with pytest.raises(UserError, match="no such base"):
@@ -142,6 +218,20 @@ def test_another_sweep_in_the_folder_is_refused(recipe_file, space_file, tmp_pat
         ({"data.max_length": [64, 128]}, "different tokens of them"),
         ({"model.base": ["a", "b"]}, "different vocabularies"),
         ({"lora.lora_alpha": {"low": 1, "high": 9, "step": 0}}, "A step is a number above 0"),
+        ({"lora.lora_alpha": {"low": 1, "high": 9, "step": 9}}, "at most the way from low to high"),
+        ({"lora.r": {"low": 2, "high": 8, "step": 1.5}}, "3.5\n.*whole number"),
+        ({"training.learning_rate": {"low": 1e-6, "high": 1e-1, "log": "no"}}, "log is true or false"),
+        ({"training.weight_decay": {"low": True, "high": 3}}, "low is a number"),
+        ({"training.weight_decay": {"low": 0, "high": float("inf")}}, "high is a number"),
+        ({"training.weight_decay": {"low": 0, "high": 3, "step": True}}, "step is a number"),
+        ({"model": [{"base": "a"}, {"base": "b"}]}, "model.base is part of it"),
+        ({"evaluation.generate": [1, 2]}, "never sees"),
+        ({"export.merge": [True, False]}, "leaves no adapter"),
+        ({"guards.stall_minutes": [1, 2]}, "changes no loss"),
+        ({"training.early_stopping_patience": [1, 2]}, "whatever the patience"),
+        ({"training.load_best_model_at_end": [True, False]}, "against the last of another"),
+        ({"training.save_steps": [1, 2]}, "saves nothing"),
+        ({"training.logging_steps": [1, 2]}, "changes no loss"),
         ({}, "at least one key"),
     ],
 )
@@ -149,6 +239,17 @@ def test_space_that_does_not_fit_is_refused(recipe_file, space_file, space, mess
     with pytest.raises(UserError, match=message) as caught:
         load_space(space_file(space), recipe_file())
     assert all("space.yaml" in fault.place for fault in caught.value.faults)
+
+
+def test_what_changes_a_trial_can_be_varied(recipe_file, space_file):
+    """Among it what stands beside keys that cannot be, and steps that fill the way but for rounding."""
+    space = {
+        "data.packing": [True, False],
+        "guards.skip_non_finite": [0, 1],
+        "lora": [{"r": 2, "target_modules": "all-linear"}, {"r": 4, "target_modules": ["q_proj"]}],
+        "training.weight_decay": {"low": 0.1, "high": 0.3, "step": 0.2},
+    }
+    assert [axis.key for axis in load_space(space_file(space), recipe_file())] == list(space)
 
 
 def test_absent_package_is_refused_with_the_command_that_installs_it(recipe_file, space_file, monkeypatch):
@@ -180,9 +281,30 @@ def test_trials_train_and_a_killed_sweep_goes_on(recipe_file, space_file, tmp_pa
     load_recipe(result["best_recipe"])
 
 
+def test_signal_ends_the_sweep_and_leaves_no_weights(recipe_file, space_file, tmp_path):
+    path = recipe_file(training={"max_steps": 5000, "eval_strategy": "steps", "eval_steps": 1000})
+    command = [sys.executable, "-m", "lora_ft", "sweep", str(path), "--space", str(space_file()), "--trials", "3"]
+    process = subprocess.Popen([*command, "--out", str(tmp_path / "out")], stderr=subprocess.PIPE, text=True)
+    log, deadline = tmp_path / "out" / "trials" / "0" / "log.jsonl", time.monotonic() + 200
+    while not log.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=100)
+    assert process.returncode == 130 and "The same command begins it again" in said, said
+    assert not list((tmp_path / "out" / "trials").iterdir())
+
+
 def test_trial_without_validation_rows_is_refused(recipe_file, tmp_path):
     from lora_ft.sweep.trial import run_trial
 
     path = recipe_file(training={"eval_strategy": "no"})
     with pytest.raises(UserError, match="steers by validation rows"):
-        run_trial(load_recipe(path, [f"output_dir={tmp_path / 'trial'}"]), lambda number, loss: False)
+        run_trial(load_recipe(path, [f"output_dir={tmp_path / 'trial'}"]), pytest.fail, lambda base, data: None)
+
+
+def test_trial_that_ends_before_its_first_evaluation_is_refused(recipe_file, tmp_path):
+    from lora_ft.sweep.trial import run_trial
+
+    path = recipe_file(training={"eval_strategy": "steps", "eval_steps": 1, "eval_delay": 1000})
+    with pytest.raises(UserError, match=r"training\.eval_steps(.|\n)*No evaluation happened"):
+        run_trial(load_recipe(path, [f"output_dir={tmp_path / 'trial'}"]), pytest.fail, lambda base, data: None)
