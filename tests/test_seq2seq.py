@@ -1,9 +1,12 @@
 """A base with an encoder and a decoder: questions beside a context, answers written by beam search."""
 
 import json
+import shutil
 
 import pytest
 
+from lora_ft.model.load import find_base, load_base
+from lora_ft.sections import ModelSection
 from tests.test_run import stock
 
 COLOURS, SHAPES = ("red", "green", "blue", "white"), ("one", "two", "three", "four", "five")
@@ -137,6 +140,18 @@ def test_the_loss_is_that_of_the_model_over_answers_alone(tiny_t5):
         alone = [model(input_ids=torch.tensor([r["input_ids"]]), labels=torch.tensor([r["labels"]])) for r in rows]
     assert losses.sum() / 6 == pytest.approx(expected.item(), rel=1e-5)
     assert losses.sum(1).tolist() == pytest.approx([alone[0].loss.item() * 2, alone[1].loss.item() * 4], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"), [({}, (4, 2)), ({"num_beams": 1}, (1, None)), ({"no_repeat_ngram_size": 0}, (None, 0))]
+)
+def test_a_base_that_says_how_it_answers_is_taken_at_its_word(tiny_t5, tmp_path, own, expected):
+    folder = shutil.copytree(tiny_t5, tmp_path / "base")
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **own}))
+    section = ModelSection(base=str(folder), dtype="float32")
+    config = load_base(find_base(section.base), section, task="seq2seq").generation_config
+    assert (config.num_beams, config.no_repeat_ngram_size) == expected
 
 
 @pytest.mark.parametrize(

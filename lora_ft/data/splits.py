@@ -43,8 +43,8 @@ class Splits:
 
     @property
     def longest_row(self) -> int:
-        """Tokens of the longest row that is trained on."""
-        return int(TokenRows(self.folder / "train.arrow").row_lengths().max(initial=0))
+        """Tokens of the longest row, in whatever split."""
+        return max(int(TokenRows(self.folder / f"{split}.arrow").row_lengths().max(initial=0)) for split in SPLITS)
 
     @property
     def largest_token(self) -> int:

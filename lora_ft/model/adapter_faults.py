@@ -20,6 +20,9 @@ def find_impossible(model: Any, lora: Mapping[str, Any]) -> Iterator[Fault]:
     if lora.get("loftq_config"):
         rule = "LoftQ is one step here, on the base as section quantization has it: these bits and steps are not taken."
         yield Fault("lora.loftq_config", lora["loftq_config"], rule, "Remove it.")
+    for key, start in START_SETTINGS.items():
+        if lora.get(key) and not str(lora.get("init_lora_weights")).startswith(start):
+            yield Fault(f"lora.{key}", None, f"It is read with init_lora_weights: {start} alone.", "Remove it.")
     if isinstance(lora.get("runtime_config"), dict):
         rule = "PEFT takes an object of its own there, which a recipe cannot write."
         yield Fault("lora.runtime_config", lora["runtime_config"], rule, "Remove it.")
@@ -75,6 +78,10 @@ RULES = {
     "alpha_pattern": "It is the first to fit no module that gets LoRA.",
 }
 """Key → what is wrong with an entry that does nothing."""
+
+
+START_SETTINGS = {"corda_config": "corda", "eva_config": "eva", "lora_ga_config": "lora_ga"}
+"""Key → the start of an adapter that it is about."""
 
 
 def rewrites_base(lora: Mapping[str, Any]) -> bool:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_ft.builtin import is_builtin, locate_model
 from lora_ft.errors import UserError
-from lora_ft.fingerprint import BaseIdentity, identify_base
+from lora_ft.fingerprint import BaseIdentity, identify_base, read_json
 from lora_ft.recipe import check_buildable
 from lora_ft.sections import ModelSection, Task
 
@@ -162,10 +162,41 @@ def load_base(
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as fault:
         raise unreadable(section, task, fault) from fault
     _refuse_missing(section, info, CLASSIFIER_HEADS if task == "classification" else ())
+    if quantization:
+        _refuse_unquantised(model, quantization)
     use_safe_4bit_kernels(model)
-    if task == "seq2seq" and model.generation_config.num_beams in (None, 1):
+    if task == "seq2seq" and not _says_how_to_answer(identity.folder):
         model.generation_config.update(**SEQ2SEQ_GENERATION)
     return model.requires_grad_(False)
+
+
+def _says_how_to_answer(folder: Path) -> bool:
+    """Whether the base's own generation config has a word on what `SEQ2SEQ_GENERATION` settles."""
+    file = folder / "generation_config.json"
+    return file.is_file() and not SEQ2SEQ_GENERATION.keys().isdisjoint(read_json(file, "Fetch the base again."))
+
+
+def _refuse_unquantised(model: Any, quantization: dict[str, Any]) -> None:
+    """Nothing, if layers were quantised, and all that are named to be left alone are there.
+
+    Raises:
+        UserError: with the keys that say otherwise.
+    """
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    names = [name for name, _ in model.named_modules()]
+    idle = [
+        skipped
+        for skipped in quantization.get("llm_int8_skip_modules") or ()
+        if not any(skipped in name for name in names)
+    ]
+    if idle:
+        rule = "This base has no such module."
+        key = "quantization.llm_int8_skip_modules"
+        raise UserError(key, ", ".join(idle), rule, "Correct the name, or remove it.")
+    if not any(isinstance(module, (Linear4bit, Linear8bitLt)) for module in model.modules()):
+        fix = "Remove the section, or llm_int8_enable_fp32_cpu_offload and llm_int8_skip_modules."
+        raise UserError("quantization", None, "No layer of this base would be quantised.", fix)
 
 
 def build_quantization(fields: dict[str, Any] | None) -> BitsAndBytesConfig | None:

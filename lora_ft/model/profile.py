@@ -117,18 +117,24 @@ def profile_model(
         num_heads=text.num_attention_heads,
         dtype_bytes=getattr(torch, dtype).itemsize,
         attentions=(*(name for name, flag in ATTENTION_FLAGS.items() if getattr(model, flag)), "eager"),
-        positions=min(_count_positions(model), default=None),
+        positions=count_positions(model),
     )
 
 
-def _count_positions(model: Any) -> Iterator[int]:
-    """The places that each table of learned positions has for tokens; some start behind those of padding."""
+def count_positions(model: Any) -> int | None:
+    """Tokens that a row can have where positions are learned, as GPT-2's are; None where they are computed.
+
+    Some tables of positions start behind those of padding.
+    """
     import torch
 
+    places = []
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Embedding) and name.rpartition(".")[2] in POSITION_TABLES:
+        is_table = not set(POSITION_TABLES).isdisjoint(name.split("."))  # an adapter may wrap it
+        if is_table and isinstance(module, torch.nn.Embedding):
             taken = getattr(module, "offset", 0 if module.padding_idx is None else module.padding_idx + 1)
-            yield module.num_embeddings - taken
+            places.append(module.num_embeddings - taken)
+    return min(places, default=None)
 
 
 def _build_on_meta(config: Any, dtype: Any, task: Task, trust_remote_code: bool) -> Any:

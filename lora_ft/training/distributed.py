@@ -26,6 +26,12 @@ DEEPSPEED_TWINS: dict[str, tuple[str, object]] = {
 }
 """DeepSpeed's key → the field of `training` that must say the same, and what that is where a recipe leaves it out."""
 
+REPLACED = {
+    "optimizer": "training.optim, its learning rates and lora.loraplus_lr_ratio",
+    "scheduler": "training.lr_scheduler_type and its warmup",
+}
+"""Block of a DeepSpeed config → what of the recipe would be passed over where it is given."""
+
 OFFLOADABLE = ("adamw_torch", "adamw_torch_fused")
 """Optimizers that DeepSpeed's CPU Adam computes; accelerate puts it in the place of any other one too."""
 
@@ -48,6 +54,8 @@ class DeepSpeedSettings:
     """Settings it fixes to a value of its own, by DeepSpeed's key; left out are those it leaves to the recipe."""
     offloads_parameters: bool = False
     """Whether the base lies there too."""
+    replaced: tuple[str, ...] = ()
+    """What of the recipe it would put its own in the place of: `optimizer`, `scheduler`."""
 
 
 @dataclass(frozen=True)
@@ -199,20 +207,21 @@ def _read_deepspeed(environ: Mapping[str, str]) -> DeepSpeedSettings:
 def _read_deepspeed_file(file: Path) -> DeepSpeedSettings:
     place = "accelerate config  deepspeed_config.deepspeed_config_file"
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as fault:
-        rule = f"It cannot be read as JSON: {fault}."
+        settings = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as fault:
+        rule = f"It cannot be read as a JSON object: {fault}."
         raise UserError(place, str(file), rule, "The path is relative to the folder you launch from.") from None
     zero = settings.get("zero_optimization")
-    if zero is None:
+    if not isinstance(zero, dict):
         raise UserError(place, str(file), "It has no zero_optimization.", 'Add "zero_optimization": {"stage": 2}.')
     settings.setdefault("gradient_accumulation_steps", 1)  # as accelerate's DeepSpeedPlugin does
-    flat = {**settings, **{f"{name}.enabled": settings.get(name, {}).get("enabled") for name in ("bf16", "fp16")}}
+    flat = {**settings, **{f"{name}.enabled": (settings.get(name) or {}).get("enabled") for name in ("bf16", "fp16")}}
     return DeepSpeedSettings(
         stage=zero.get("stage", 0),
-        offloads_optimizer=zero.get("offload_optimizer", {}).get("device", "none") != "none",
-        offloads_parameters=zero.get("offload_param", {}).get("device", "none") != "none",
+        offloads_optimizer=(zero.get("offload_optimizer") or {}).get("device", "none") != "none",
+        offloads_parameters=(zero.get("offload_param") or {}).get("device", "none") != "none",
         fixed={key: flat[key] for key in DEEPSPEED_TWINS if flat.get(key) not in (None, "auto")},
+        replaced=tuple(name for name in REPLACED if settings.get(name)),
     )
 
 
@@ -280,6 +289,9 @@ def _check_deepspeed(settings: DeepSpeedSettings, recipe: Recipe) -> Iterator[Fa
         if value != asked:
             rule = f"The recipe has training.{name}: {asked}, and transformers stops where the two differ."
             yield Fault(f"DeepSpeed config  {key}", value, rule, "Write auto, or leave it out.")
+    for name in settings.replaced:
+        rule = f"DeepSpeed's own would take the place of {REPLACED[name]}."
+        yield Fault(f"DeepSpeed config  {name}", None, rule, "Remove the block.")
     optimizer = recipe.training.get("optim", OFFLOADABLE[0])
     if settings.offloads_optimizer and optimizer not in OFFLOADABLE:
         rule = "Where the optimizer is offloaded, accelerate puts DeepSpeed's Adam in the place of any other."

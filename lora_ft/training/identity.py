@@ -72,6 +72,7 @@ def identify_run(
             {
                 "base": base_fingerprint,
                 "dtype": recipe.model.dtype,
+                "attn_implementation": recipe.model.attn_implementation,
                 "adapter": _hash_adapter(recipe.model.adapter),
                 "quantization": recipe.quantization,
                 "lora": recipe.lora,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_ft.errors import Fault
 from lora_ft.recipe import EARLY_STOPPING
 from lora_ft.sections import Recipe, Task
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 STEERING_METRICS: dict[Task, tuple[str, ...]] = {
     "sft": ("loss", "mean_token_accuracy"),
@@ -38,6 +42,31 @@ def check_steering(recipe: Recipe) -> Iterator[Fault]:
     ):
         if value is not None:
             yield Fault(key, value, "It needs evaluations during training, and there are none.", fix)
+
+
+def check_reach(arguments: TrainingArguments, num_rows: int) -> Iterator[Fault]:
+    """A fault where a best checkpoint is to be chosen and no evaluation comes before the end of so many rows.
+
+    Steps and the first evaluation are counted as transformers does; `eval_steps` below 1 is a share of all steps.
+    """
+    strategy, delay = str(getattr(arguments.eval_strategy, "value", arguments.eval_strategy)), arguments.eval_delay or 0
+    if not arguments.load_best_model_at_end or strategy == "no":
+        return
+    batches = num_rows / (arguments.per_device_train_batch_size * arguments.world_size)
+    batches = math.floor(batches) if arguments.dataloader_drop_last else math.ceil(batches)
+    steps_an_epoch = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
+    steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * steps_an_epoch)
+    if strategy == "epoch":
+        end, first, unit = steps / steps_an_epoch, delay, "epoch"
+    else:
+        every = arguments.eval_steps if arguments.eval_steps >= 1 else math.ceil(steps * arguments.eval_steps)
+        end, first, unit = steps, every * max(1, math.ceil(delay / every)), "step"
+    if first > end:
+        key, value = ("eval_delay", delay) if delay else ("eval_steps", arguments.eval_steps)
+        rule = (
+            f"Training ends with {unit} {end:g}, before the first evaluation at {unit} {first:g}: nothing is best then."
+        )
+        yield Fault(f"training.{key}", value, rule, "Write a smaller number, or leave it out.")
 
 
 def is_out_of_patience(history: Sequence[Mapping[str, Any]], metric: str, greater: bool, patience: int) -> bool:

@@ -229,6 +229,7 @@ def test_small_learning_rate_is_not_rounded_away(tiny_base):
         ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 2}}, NF4, "lora.loftq_config"),
         ({"runtime_config": {"ephemeral_gpu_offload": True}}, None, "lora.runtime_config"),
         ({"alora_invocation_tokens": [3, 7]}, None, "lora.alora_invocation_tokens"),
+        ({"eva_config": {"rho": 2.0}}, None, "lora.eva_config"),
         ({"trainable_token_indices": [5, 320, -1]}, None, "lora.trainable_token_indices: 320, -1"),
         ({"trainable_token_indices": {"lm_head": [5000]}}, None, "lora.trainable_token_indices.lm_head: 5000"),
     ],

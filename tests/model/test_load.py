@@ -26,6 +26,21 @@ def section(folder, dtype="float32") -> ModelSection:
     return ModelSection(base=str(folder), dtype=dtype, attn_implementation="sdpa")
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"llm_int8_enable_fp32_cpu_offload": True}, "No layer of this base would be quantised"),
+        ({"llm_int8_skip_modules": ["q_projj", "k_proj"]}, "q_projj"),
+    ],
+)
+@pytest.mark.parametrize("width", [NF4, INT8], ids=["nf4", "int8"])
+def test_quantisation_that_would_not_happen_is_refused(gentle_base, width, more, said):
+    """transformers leaves alone what lies on a CPU, where it was told to offload to one."""
+    chosen = section(gentle_base)
+    with pytest.raises(UserError, match=said):
+        load_base(find_base(chosen.base), chosen, {**width, **more})
+
+
 @pytest.mark.parametrize("quantization", [NF4, FP4, INT8, None], ids=["nf4", "fp4", "int8", "plain"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_width_answers_like_the_original(gentle_base, quantization, dtype):

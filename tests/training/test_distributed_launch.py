@@ -131,9 +131,25 @@ def test_deepspeed_file_is_read(tmp_path):
     file.write_text("{}")
     with pytest.raises(UserError, match="It has no zero_optimization"):
         read_launch(environ)
-    file.unlink()
-    with pytest.raises(UserError, match="cannot be read as JSON"):
-        read_launch(environ)
+    nothing = {"zero_optimization": {"stage": 2, "offload_optimizer": None, "offload_param": None}, "bf16": None}
+    file.write_text(json.dumps(nothing))
+    assert read_launch(environ).deepspeed == DeepSpeedSettings(2, False, {"gradient_accumulation_steps": 1})
+    for text in (None, "[]", "[1]", "7", "{"):
+        file.unlink() if text is None else file.write_text(text)
+        with pytest.raises(UserError, match=r"cannot be read as a JSON object|It has no zero_optimization"):
+            read_launch(environ)
+
+
+def test_deepspeeds_own_optimizer_and_schedule_do_not_replace_the_recipes(tmp_path):
+    file = tmp_path / "deepspeed.json"
+    blocks = {"optimizer": {"type": "SGD", "params": {"lr": "auto"}}, "scheduler": {"type": "WarmupLR"}}
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2}, **blocks}))
+    environ = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file), "WORLD_SIZE": "2"}
+    launch = read_launch(environ)
+    with pytest.raises(UserError) as caught:
+        check_launch(launch, settle_launch(choose_settings(make_recipe(), GPU), launch))
+    places = [fault.place for fault in caught.value.faults]
+    assert places == ["DeepSpeed config  optimizer", "DeepSpeed config  scheduler"]
 
 
 @pytest.mark.parametrize("name", sorted(LAUNCHES))

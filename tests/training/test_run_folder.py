@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from lora_ft.errors import UserError
 from lora_ft.recipe import load_recipe
-from lora_ft.training.checkpoint import draft_checkpoint, seal_checkpoint
+from lora_ft.training.checkpoint import draft_checkpoint, rotate_checkpoints, seal_checkpoint
 from lora_ft.training.lock import run_lock
 from lora_ft.training.run_folder import (
     check_run_folder,
@@ -65,6 +65,28 @@ def test_unfinished_run_goes_on_from_its_newest_whole_checkpoint(recipe):
     assert open_folder(recipe).resume_from == recipe.output_dir / "checkpoint-10"
     begin(recipe)
     assert not (recipe.output_dir / ".saving").exists(), "what a killed process left is cleared away"
+
+
+def test_a_damaged_checkpoint_takes_no_place_from_what_is_saved_after_it(recipe):
+    """Left where it is, it would be the newest, and the next one that is saved the first to go."""
+    begin(recipe)
+    for step in (4, 8, 12):
+        save_checkpoint(recipe, step)
+    (recipe.output_dir / "checkpoint-12" / "adapter_model.safetensors").write_bytes(b"")
+    assert begin(recipe).resume_from == recipe.output_dir / "checkpoint-8"
+    saved = save_checkpoint(recipe, 10)
+    rotate_checkpoints(recipe.output_dir, 2, best_steps=[8])
+    assert saved.is_dir() and {path.name for path in recipe.output_dir.glob("checkpoint-*")} == {
+        "checkpoint-8",
+        "checkpoint-10",
+    }
+
+
+def test_another_attention_is_another_run(recipe, recipe_file):
+    begin(recipe)
+    other = load_recipe(recipe_file(), ["model.attn_implementation=eager"])
+    with pytest.raises(UserError, match="attn_implementation"):
+        open_folder(other)
 
 
 def test_finished_run_is_refused_unless_fresh(recipe):

@@ -4,7 +4,7 @@ import pytest
 
 from lora_ft.recipe import load_recipe
 from lora_ft.training.guards import describe_loss
-from lora_ft.training.steering import check_steering, is_out_of_patience
+from lora_ft.training.steering import check_reach, check_steering, is_out_of_patience
 
 
 @pytest.mark.parametrize(
@@ -49,6 +49,30 @@ def test_patience(values, over):
     assert is_out_of_patience(history, "loss", False, 2) is bool(over)
     upward = [{"eval_mean_token_accuracy": -value} for value in values]
     assert is_out_of_patience(upward, "mean_token_accuracy", True, 2) is bool(over)
+
+
+@pytest.mark.parametrize(
+    ("settings", "place"),
+    [
+        ({"eval_strategy": "steps", "eval_steps": 2, "eval_delay": 100}, "training.eval_delay: 100"),
+        ({"eval_strategy": "steps", "eval_steps": 500}, "training.eval_steps: 500"),
+        ({"eval_strategy": "epoch", "eval_delay": 4}, "training.eval_delay: 4"),
+        ({"eval_strategy": "steps", "eval_steps": 6}, None),
+        ({"eval_strategy": "steps", "eval_steps": 0.5}, None),
+        ({"eval_strategy": "epoch", "eval_delay": 3}, None),
+        ({"eval_strategy": "steps", "eval_steps": 500, "load_best_model_at_end": False}, None),
+    ],
+)
+def test_a_best_checkpoint_needs_an_evaluation_before_the_end(tmp_path, settings, place):
+    """Ten rows in batches of four, two of them a step, three times: six steps."""
+    from lora_ft.training.trainer import build_arguments
+
+    batches = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_train_epochs": 3}
+    chosen = {"load_best_model_at_end": True, "save_strategy": settings["eval_strategy"], "use_cpu": True}
+    saves = {"save_steps": settings["eval_steps"]} if "eval_steps" in settings else {}
+    arguments = build_arguments({"report_to": "none", **batches, **chosen, **saves, **settings}, tmp_path)
+    faults = [str(fault) for fault in check_reach(arguments, 10)]
+    assert faults == [] if place is None else place in faults[0] and "nothing is best" in faults[0]
 
 
 def test_loss_that_jumps_and_loss_that_stays():
