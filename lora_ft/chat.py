@@ -18,7 +18,8 @@ def chat(
     `/new` forgets what was said, `/quit` or the end of input leaves.
 
     Raises:
-        UserError: `folder` is no run, adapter or merged model, or its tokenizer has no chat template.
+        UserError: `folder` is no run, adapter or merged model, or its tokenizer has no chat template; or a conversation
+            is longer than the base can read.
     """
     model, tokenizer, has_adapter = _load(folder, trust_remote_code)
     if tokenizer.chat_template is None:
@@ -108,17 +109,25 @@ def _answer(
     import torch
     from transformers import TextStreamer
 
+    from lora_ft.evaluation.compare import limit_answer
+    from lora_ft.model.profile import count_positions
+
     inputs = tokenizer.apply_chat_template(history, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    width, positions = inputs["input_ids"].shape[1], count_positions(model)
+    limit = limit_answer(max_new_tokens, positions, width)
+    if limit < 1:
+        rule = f"The base learned {positions} positions, which leaves no room for an answer."
+        raise UserError("stdin", f"a conversation of {width} tokens", rule, "Say /new to start over, or say less.")
     streamer = None if quiet else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     if not quiet:
         print(f"{speaker:6} ", end="", flush=True)
     with torch.no_grad(), contextlib.nullcontext() if adapter_on else model.disable_adapter():
         written = model.generate(
             **inputs,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=limit,
             do_sample=False,
             streamer=streamer,
             pad_token_id=tokenizer.pad_token_id,
         )
-    return str(tokenizer.decode(written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+    return str(tokenizer.decode(written[0, width:], skip_special_tokens=True)).strip()

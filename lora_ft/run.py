@@ -54,7 +54,7 @@ from lora_ft.training.run_folder import (
     refuse_unwritable,
     write_manifest,
 )
-from lora_ft.training.steering import check_steering
+from lora_ft.training.steering import check_reach, check_steering
 from lora_ft.training.trackers import check_trackers
 
 if TYPE_CHECKING:
@@ -159,7 +159,10 @@ def finish_run(
     manifest["memory"]["measured_peak_bytes"] = peak_memory_bytes(probe_machine())
     manifest["adapter_sha256"] = hash_tensors(adapter / TENSORS_NAME)
     manifest["verification"] = verify_saved(adapter, recipe.model.trust_remote_code)
-    manifest["evaluation"] = evaluate_trained(trainer, tokenizer, splits, recipe, launch)
+    manifest["kept_step"] = trainer.state.best_global_step if trainer.args.load_best_model_at_end else None
+    write_manifest(run, "training", manifest)  # a process of its own may evaluate, and reads it
+    manifest["evaluation"] = evaluate_trained(trainer, tokenizer, splits, recipe, launch, manifest)
+    write_page(run.path)  # there already, should the export fail
     manifest["export"] = export_run(adapter, recipe, run, manifest)
     write_page(run.path)
     return RunResult(run.path, write_manifest(run, "finished", manifest))
@@ -279,7 +282,7 @@ def prepare_trainer(
         patience=recipe.training.get(EARLY_STOPPING),
         guards=recipe.guards,
         name_row=lambda number: splits.examples("train")[number].place,
-        quiet=quiet,
+        quiet=quiet or bool(recipe.training.get("disable_tqdm")),
     )
 
 
@@ -294,6 +297,7 @@ def build_arguments(recipe: Recipe, num_rows: int) -> Any:
 
     arguments = TASKS[recipe.data.task].build_arguments(recipe.training, recipe.output_dir)
     refuse_unstartable(arguments, num_rows)
+    raise_faults(check_reach(arguments, num_rows))
     return arguments
 
 
@@ -386,7 +390,12 @@ def verify_saved(adapter: Path, trust_remote_code: bool = False) -> dict[str, An
 
 
 def evaluate_trained(
-    trainer: LoraTrainer, tokenizer: PreTrainedTokenizerBase, splits: Splits, recipe: Recipe, launch: Launch
+    trainer: LoraTrainer,
+    tokenizer: PreTrainedTokenizerBase,
+    splits: Splits,
+    recipe: Recipe,
+    launch: Launch,
+    manifest: dict[str, Any],
 ) -> dict[str, Any]:
     """Base against tuned on the test split, and the verdict, written to `report/`.
 
@@ -395,7 +404,7 @@ def evaluate_trained(
     """
     if launch.world_size > 1:
         return evaluate_in_new_process(recipe.output_dir)
-    return evaluate_model(bare_model(trainer), tokenizer, splits, recipe)
+    return evaluate_model(bare_model(trainer), tokenizer, splits, recipe, manifest)
 
 
 def evaluate_run(folder: Path) -> dict[str, Any]:
@@ -412,6 +421,7 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
         raise UserError(str(folder), None, f"It holds no {MANIFEST} of a run.", "Name the folder of a run.")
     if not (folder / "adapter").is_dir():
         raise unfinished_run(folder)
+    check_metrics(recipe.evaluation.metrics)
     base = find_base(recipe.model.base, manifest["base"]["revision"], recipe.model.trust_remote_code)
     load_libraries("datasets")
     tokenizer = load_tokenizer(base.folder, recipe.model, recipe.data.chat_template)
@@ -420,24 +430,32 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
     model = read_base(recipe, base, tokenizer, splits)
     task, seed = recipe.data.task, recipe.training["seed"]  # the head of the base alone is drawn from it
     model = attach_adapter(model, None, task=task, seed=seed, adapter=str(folder / "adapter"))
-    figures = evaluate_model(model, tokenizer, splits, replace(recipe, output_dir=folder))
+    figures = evaluate_model(model, tokenizer, splits, replace(recipe, output_dir=folder), manifest)
     write_page(folder)
     return figures
 
 
 def evaluate_model(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, splits: Splits, recipe: Recipe
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, splits: Splits, recipe: Recipe, manifest: dict[str, Any]
 ) -> dict[str, Any]:
-    """Base against tuned on the test split, which is read here and nowhere else, and the verdict on the run."""
+    """Base against tuned on the test split, which is read here and nowhere else, and the verdict on the run.
+
+    Manifests of older runs do not say which step was kept; it is taken for the one with the lowest validation loss.
+    """
     from lora_ft.evaluation.report import write_report
     from lora_ft.evaluation.verdict import Evidence
     from lora_ft.tasks import TASKS
 
     started = time.perf_counter()
     compared = TASKS[recipe.data.task].compare(model, tokenizer, splits, recipe)
+    if recipe.model.adapter is not None:
+        note = "The base has no adapter on it: what model.adapter had learned before is part of the difference."
+        compared = replace(compared, notes=(*compared.notes, note))
     curves = trace_curves(read_log(recipe.output_dir))
     audit = audit_splits(splits, recipe.data, tokenizer)
-    evidence = Evidence(curves, compared, audit, bool(recipe.training.get("load_best_model_at_end")))
+    lowest = curves.lowest if recipe.training.get("load_best_model_at_end") else None
+    kept_step = manifest.get("kept_step", lowest.step if lowest else None)
+    evidence = Evidence(curves, compared, audit, kept_step)
     return write_report(evidence, recipe.output_dir, time.perf_counter() - started)
 
 

@@ -27,16 +27,19 @@ LIES_THERE = {
     "run.json": "versions, fingerprints, figures, and every file's hash",
 }
 
+MOST_CLASSES = 10
+"""Classes of which a terminal shows each against each."""
+
 
 def print_summary(result: RunResult) -> None:
     """The end of `lora-ft train`, on stdout."""
     console, manifest = Console(highlight=False), result.manifest
     training = manifest["training"]
     console.print(
-        f"\n[bold]trained[/] {manifest['trainable_parameters']:,} parameters on {manifest['base']['name']}"
+        f"\n[bold]trained[/] {manifest['trainable_parameters']:,} parameters on {escape(manifest['base']['name'])}"
         f" in {training['train_runtime']:.0f} s, mean loss {training['train_loss']:.3f}"
     )
-    console.print(f"[bold]verified[/] {_last_detail(manifest['verification'])}")
+    console.print(f"[bold]verified[/] {escape(_last_detail(manifest['verification']))}")
     print_scores(manifest["evaluation"], console)
     if merge := manifest["export"].get("merge"):
         proof, alike = merge["proof"], merge["proof"]["greedy_agreement"]
@@ -44,11 +47,11 @@ def print_summary(result: RunResult) -> None:
         within = f"logits within {proof['max_logit_difference']:.1e} of base + adapter"
         console.print(f"[bold]merged[/] as {merge['dtype']}: {within}{answers}")
     folder = Path(result.folder)
-    console.print(f"\n[bold]{_shorten(folder)}/[/]")
+    console.print(f"\n[bold]{escape(_shorten(folder))}/[/]")
     for name, meaning in LIES_THERE.items():
         if (folder / name).exists():
             console.print(f"  {name:12} {meaning}")
-    console.print(f"\nnext: [bold]{_next_command(result)}[/]")
+    console.print(f"\nnext: [bold]{escape(_next_command(result))}[/]")
 
 
 def print_scores(evaluation: dict[str, Any], console: Console | None = None) -> None:
@@ -58,9 +61,17 @@ def print_scores(evaluation: dict[str, Any], console: Console | None = None) -> 
     for number, finding in enumerate(verdict["findings"]):
         console.print(f"[bold]{'also' if number else 'verdict'}[/] {finding['name']}: {escape(finding['because'])}")
         console.print(f"  next: {escape(finding['advice'])}", style="dim")
-    if not evaluation["figures"]:
-        return
-    title = f"test split, {evaluation['num_supervised_tokens']:,} supervised tokens"
+    if evaluation["figures"]:
+        console.print(_tabulate_figures(evaluation))
+    for note in evaluation.get("notes", ()):
+        console.print(f"[bold]note[/] {escape(note)}")
+    if evaluation.get("splits"):
+        print_classes(evaluation, console)
+
+
+def _tabulate_figures(evaluation: dict[str, Any]) -> Table:
+    unit = "rows" if "confusion" in evaluation else "supervised tokens"
+    title = f"test split, {evaluation['num_supervised_tokens']:,} {unit}"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for column in ("", "rows", "base", "tuned", "difference", "95% interval"):
         table.add_column(column, justify="right" if column else "left")
@@ -70,24 +81,48 @@ def print_scores(evaluation: dict[str, Any], console: Console | None = None) -> 
         values = (show_value(figure[column]["value"], unit) for column in ("base", "tuned"))
         low, high = (show_value(difference[part], unit, "+") for part in ("low", "high"))
         change = show_value(difference["value"], unit, "+")
-        table.add_row(name.replace("_", " "), f"{figure['num_rows']:,}", *values, change, f"{low} to {high}")
-    console.print(table)
-    if "confusion" in evaluation:
-        print_classes(evaluation, console)
+        table.add_row(escape(name.replace("_", " ")), f"{figure['num_rows']:,}", *values, change, f"{low} to {high}")
+    return table
 
 
 def print_classes(evaluation: dict[str, Any], console: Console) -> None:
-    """How often a classifier is right on every split, and on the test split what it took for what."""
+    """How often a classifier is right on every split, and on the test split what it took for what, if there is one."""
     shares = [
         f"{name} {scores['accuracy']:.1%} of {scores['num_rows']}" for name, scores in evaluation["splits"].items()
     ]
     console.print(f"[bold]right[/] {', '.join(shares)}")
+    if constant := evaluation.get("constant"):
+        console.print(
+            f"always “{escape(constant['label'])}”: {constant['accuracy']['base']['value']:.1%} of the test rows"
+        )
+    labels, confusion = [escape(label) for label in evaluation["labels"]], evaluation["confusion"]
+    if len(labels) > MOST_CLASSES:
+        print_confusions(labels, confusion, console)
+    if len(labels) > MOST_CLASSES or not confusion:
+        return
     table = Table(title="test split: rows of a class (down) by the class chosen (across)", title_justify="left")
-    for name in ("", *evaluation["labels"]):
+    for name in ("", *labels):
         table.add_column(name, justify="right" if name else "left")
-    for label, counts in zip(evaluation["labels"], evaluation["confusion"], strict=True):
+    for label, counts in zip(labels, confusion, strict=True):
         table.add_row(label, *map(str, counts))
     console.print(table)
+
+
+def print_confusions(labels: Sequence[str], confusion: Sequence[Sequence[int]], console: Console) -> None:
+    """Which of many classes were taken for which most often; the whole table is on the page."""
+    pairs = [
+        (count, labels[wanted], labels[chosen])
+        for wanted, counts in enumerate(confusion)
+        for chosen, count in enumerate(counts)
+        if count and wanted != chosen
+    ]
+    table = Table(title=f"test split: taken for another of {len(labels)} classes most often", title_justify="left")
+    for name in ("rows", "of class", "taken for"):
+        table.add_column(name, justify="right" if name == "rows" else "left")
+    for count, wanted, chosen in sorted(pairs, key=lambda pair: -pair[0])[:MOST_CLASSES]:
+        table.add_row(str(count), wanted, chosen)
+    if pairs:
+        console.print(table)
 
 
 def print_plan(planned: RecipePlan) -> None:
@@ -105,23 +140,25 @@ def print_plan(planned: RecipePlan) -> None:
     table.add_row("peak", f"{plan.peak_bytes / 2**20:,.0f}", f"{verdict} {plan.limit_bytes / 2**20:,.0f} MiB")
     console.print(table)
     for change in planned.changes:
-        console.print(f"fits with: {change}", soft_wrap=True)
+        console.print(f"fits with: {escape(str(change))}", soft_wrap=True)
 
 
 def print_runs(runs: Sequence[ComparedRun]) -> None:
     """Runs side by side as a table; differing settings above, figures of the tuned models below."""
     console = Console(highlight=False)
     table = Table(title="tuned, on the test split", title_justify="left")
-    for column in ("", *(run.name for run in runs)):
-        table.add_column(column, justify="right" if column else "left")
+    for column in ("", *(escape(run.name) for run in runs)):
+        table.add_column(column, justify="right" if column else "left", overflow="fold")
     for key in runs[0].settings:
-        table.add_row(key, *(str(run.settings[key]) for run in runs), style="dim")
+        table.add_row(key, *(escape(str(run.settings[key])) for run in runs), style="dim")
     table.add_row("verdict", *(run.verdict for run in runs))
     table.add_row("trained parameters", *(f"{run.num_parameters:,}" for run in runs))
     table.add_row("seconds", *("–" if run.train_seconds is None else f"{run.train_seconds:.0f}" for run in runs))
     for name in dict.fromkeys(name for run in runs for name in run.figures):
         found = [run.figures.get(name) for run in runs]
-        table.add_row(name.replace("_", " "), *(show_estimate(f["tuned"], f["unit"]) if f else "–" for f in found))
+        table.add_row(
+            escape(name.replace("_", " ")), *(show_estimate(f["tuned"], f["unit"]) if f else "–" for f in found)
+        )
     if any(run.general for run in runs):
         found = [run.general for run in runs]
         cells = (show_estimate(f["difference"], f["unit"], "+") if f else "–" for f in found)
@@ -141,10 +178,10 @@ def print_sweep(result: SweepResult) -> None:
     for trial in sorted(result.trials, key=lambda trial: (trial.state != "complete", trial.loss or 0.0)):
         loss = f"{trial.loss:.4f}" if trial.loss is not None else "–"
         state = {"complete": "", "pruned": "ended early"}.get(trial.state, trial.state)
-        table.add_row(str(trial.number), loss, *(_show_setting(trial.settings.get(key)) for key in keys), state)
+        table.add_row(str(trial.number), loss, *(escape(_show_setting(trial.settings.get(key))) for key in keys), state)
     console.print(table)
     if result.best is not None:
-        console.print(f"next: [bold]lora-ft train {_shorten(result.folder / 'best.yaml')}[/]")
+        console.print(f"next: [bold]lora-ft train {escape(_shorten(result.folder / 'best.yaml'))}[/]")
 
 
 def _show_setting(value: object) -> str:

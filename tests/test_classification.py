@@ -1,7 +1,9 @@
 """A base that learns classes: its head is drawn, trained, saved, read back and merged, and never quantised."""
 
 import json
+import math
 
+import numpy as np
 import pytest
 
 from tests.test_run import NF4, stock
@@ -114,6 +116,76 @@ def test_the_best_epoch_by_accuracy_is_the_one_that_is_kept(class_recipe, tmp_pa
     state = json.loads(max((tmp_path / "run").glob("checkpoint-*/trainer_state.json")).read_text())
     values = [entry["eval_accuracy"] for entry in state["log_history"] if "eval_accuracy" in entry]
     assert state["best_metric"] == max(values)
+
+
+def test_the_verdict_names_the_step_that_was_kept(class_recipe, tmp_path):
+    """By accuracy, which is not always the one of the lowest loss; also when the run is evaluated again."""
+    from lora_ft.run import evaluate_run
+
+    learn = {"num_train_epochs": 3, "max_steps": -1, "eval_strategy": "epoch", "save_strategy": "epoch"}
+    steering = {"metric_for_best_model": "accuracy", "greater_is_better": False, "load_best_model_at_end": True}
+    manifest = run(class_recipe(training={**learn, **steering, "learning_rate": 1e-2})).manifest
+    folder, kept = tmp_path / "run", manifest["kept_step"]
+    newest = max(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    assert kept == json.loads((newest / "trainer_state.json").read_text())["best_global_step"]
+    points = json.loads((folder / "report" / "report.json").read_text())["curves"]["validation"]
+    lowest = min(points, key=lambda point: point["loss"])["step"]
+    assert kept != lowest, "the worst accuracy is not that of the lowest loss"
+    assert f"kept: step {kept}." in manifest["evaluation"]["verdict"]["method"]
+    assert f"kept: step {kept}." in evaluate_run(folder)["verdict"]["method"]
+    older = {key: value for key, value in manifest.items() if key != "kept_step"}
+    (folder / "run.json").write_text(json.dumps(older))
+    assert f"kept: step {lowest}." in evaluate_run(folder)["verdict"]["method"]
+
+
+def test_without_test_rows_the_classes_and_the_other_splits_are_told(class_recipe, tmp_path):
+    evaluation = run(class_recipe(), "data.split.test=0").manifest["evaluation"]
+    assert evaluation["labels"] == ("fine", "junk", "odd") and set(evaluation["splits"]) == {"train", "validation"}
+    assert evaluation["figures"] == {} and evaluation["verdict"]["name"] == "not measured"
+    page = (tmp_path / "run" / "report" / "report.html").read_text()
+    assert "num_labels=3" in page and "validation rows." in page and "across" not in page
+
+
+def test_a_classifier_that_learned_nothing_is_no_better_than_a_constant_answer(class_recipe, tmp_path):
+    """Whatever it is against a head drawn at random."""
+    result = run(class_recipe(training={"learning_rate": 1e-6, "max_steps": 12}), "data.split.test=0.5")
+    verdict, constant = result.manifest["evaluation"]["verdict"], result.manifest["evaluation"]["constant"]
+    assert "no better than a constant answer" in [finding["name"] for finding in verdict["findings"]]
+    assert constant["loss"]["base"]["value"] == pytest.approx(math.log(3), abs=0.05)
+    page = (tmp_path / "run" / "report" / "report.html").read_text()
+    assert f"Always “{constant['label']}”, the commonest class in training" in page
+
+
+def test_a_constant_answer_knows_the_training_rows_and_no_other():
+    """Four classes of which the last is not taught, and is asked for all the same."""
+    import torch
+
+    from lora_ft.evaluation.classify import compare_constant, score_classes
+
+    taught, wanted = np.array([0] * 5 + [1] * 3 + [2]), np.array([0, 0, 1, 3])
+    tuned = score_classes(torch.tensor([[9.0, 0, 0, 0], [0, 9, 0, 0], [0, 9, 0, 0], [0, 0, 0, 9]]), wanted)
+    constant = compare_constant(taught, wanted, tuned, ("often", "seldom", "rare", "new"))
+    logs = [math.log(count / 13) for count in (6, 6, 4, 1)]
+    assert constant.label == "often" and constant.loss.base.value == pytest.approx(-sum(logs) / 4)
+    assert (constant.accuracy.base.value, constant.accuracy.tuned.value) == (0.5, 0.75)
+
+
+def test_f1_is_the_mean_over_the_classes_that_were_wanted_or_chosen():
+    """As sklearn.metrics.f1_score(average="macro") has it; resamples without a rare class are not marked down."""
+    import torch
+
+    from lora_ft.evaluation.bootstrap import estimate_pair
+    from lora_ft.evaluation.classify import mean_f1, score_classes
+
+    wanted = np.array([0] * 38 + [1] * 2)
+    perfect = score_classes(torch.nn.functional.one_hot(torch.from_numpy(wanted), 3).float(), wanted)[:, 3:]
+    assert mean_f1(perfect.sum(0)) == 1.0
+    tuned = estimate_pair(perfect, perfect, mean_f1).tuned
+    assert (tuned.low, tuned.high) == (1.0, 1.0)
+    chosen = torch.tensor([0, 2, 1])
+    logits = torch.nn.functional.one_hot(chosen, 4).float()
+    sums = score_classes(logits, np.array([0, 0, 1]))[:, 3:].sum(0)
+    assert mean_f1(sums) == pytest.approx((2 / 3 + 1 + 0) / 3)
 
 
 def test_a_stock_reload_gives_the_very_logits(class_recipe, tiny_base, tmp_path):

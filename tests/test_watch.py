@@ -15,6 +15,8 @@ from lora_ft.cli import main
 from lora_ft.errors import UserError
 from lora_ft.evaluation.side_by_side import compare_runs, keep_differences
 from lora_ft.evaluation.state import describe_state
+from lora_ft.sections import DataSection, ModelSection, Recipe
+from lora_ft.training.identity import identify_run
 from lora_ft.watch import draw_line, read_state, watch_run
 
 LINES = [
@@ -44,6 +46,15 @@ def test_a_resumed_run_tells_its_pace_since():
     resumed = [*LINES, {"step": 20, "epoch": 2.0, "time": 5000.0, "max_steps": 40}]
     assert describe_state(resumed, 5001.0).max_steps == 40
     assert describe_state([], 0.0).step == 0
+
+
+def test_the_hours_a_run_lay_still_are_not_in_its_pace():
+    """Killed at step 20, gone on with ten hours later, two seconds a step since."""
+    again = 1022.0 + 36_000
+    began = {"step": 20, "epoch": 2.0, "time": again, "max_steps": 40}
+    since = [{"step": 20 + n, "epoch": 2.0, "time": again + 2 * n, "loss": 1.0} for n in (1, 2, 3)]
+    before = [line for line in LINES if "max_steps" not in line]
+    assert describe_state([began, *before, *since], since[-1]["time"]).seconds_left == 34.0
 
 
 def test_watching_ends_with_the_run(tmp_path, monkeypatch):
@@ -105,7 +116,8 @@ def test_differences_of_recipes():
 
 
 def write_evaluated(folder, rank, loss, data="d"):
-    write_run(folder, LINES, "finished", training={"train_runtime": 12.0}, identity={"data": data})
+    identity = vars(identify_run(Recipe(folder, ModelSection("base"), DataSection(())), "b", data, 1, "ddp"))
+    write_run(folder, LINES, "finished", training={"train_runtime": 12.0}, identity=identity)
     (folder / "recipe.yaml").write_text(f"output_dir: {folder}\nlora: {{r: {rank}}}\ntraining: {{seed: 1}}\n")
     estimate = {"value": loss, "low": loss - 0.1, "high": loss + 0.1}
     figure = {
@@ -131,6 +143,18 @@ def test_runs_side_by_side(tmp_path, capsys):
     assert main(["compare", *map(str, runs)]) == 0
     said = capsys.readouterr().out
     assert "1.250 [1.150, 1.350]" in said and "lora.r" in said and "different data" in said
+    alike = [runs[0], write_evaluated(tmp_path / "alike", 16, 1.25)]
+    assert main(["compare", *map(str, alike)]) == 0
+    assert "different data" not in capsys.readouterr().out
+
+
+def test_a_report_of_nothing_is_named(tmp_path):
+    run = write_evaluated(tmp_path / "run", 8, 1.5)
+    (run / "report" / "report.json").write_text("{}")
+    with pytest.raises(
+        UserError, match=r"report\.json\n  A report has verdict, figures, general\. Run: lora-ft evaluate"
+    ):
+        compare_runs([run])
 
 
 def test_runs_that_cannot_be_compared_are_refused(tmp_path):

@@ -14,14 +14,18 @@ from lora_ft.data.collate import Collator, pad
 from lora_ft.data.render import IGNORE_INDEX
 from lora_ft.data.splits import Splits
 from lora_ft.evaluation.compare import (
+    Answer,
     Comparison,
+    Limit,
     Prediction,
     batches,
-    compare_tokens,
     evaluating,
-    score_answers,
+    limit_answer,
+    pair_answers,
     score_pair,
+    sum_up,
 )
+from lora_ft.model.profile import count_positions
 from lora_ft.sections import EvaluationSection, Recipe
 from lora_ft.training.labelled import answer_inputs, score_labels
 
@@ -41,8 +45,7 @@ def compare_answers(model: PeftModel, tokenizer: PreTrainedTokenizerBase, splits
     section = recipe.evaluation
     predictions = tuple(answer_rows(model, tokenizer, splits, section))
     scores = score_pair(model, lambda: score_rows(model, tokenizer, splits.test, section.batch_size))
-    figures = compare_tokens(scores) | score_answers(predictions, section.metrics)
-    return Comparison(figures, int(scores[0][:, 2].sum()), predictions)
+    return sum_up(predictions, scores, section)
 
 
 def answer_rows(
@@ -56,18 +59,26 @@ def answer_rows(
     for adapter_on in (False, True):
         with evaluating(model, adapter_on):
             answers.append(write_answers(model, tokenizer, questions, section))
-    texts = tokenizer.batch_decode(questions, skip_special_tokens=True) if count else []
+    if not count:
+        return
+    texts = tokenizer.batch_decode(questions, skip_special_tokens=True)
     references = [examples[index].reference for index in range(count)]
-    yield from (Prediction(*row) for row in zip(texts, references, *answers, strict=True))
+    expected = tokenizer(text_target=references, add_special_tokens=False)["input_ids"]
+    longer = [len(ids) > section.max_new_tokens for ids in expected]
+    yield from pair_answers(texts, references, answers, longer)
 
 
 def write_answers(
     model: PeftModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[list[int]], section: EvaluationSection
-) -> list[str]:
+) -> list[Answer]:
     """The answer to each question of token ids, in the order of the questions; those of like length share a batch."""
     import torch
 
-    answers = [""] * len(questions)
+    limit = limit_answer(section.max_new_tokens, count_positions(model), 1)
+    cut_by: Limit = "max_new_tokens" if limit == section.max_new_tokens else "positions"
+    config, answers = model.generation_config, [Answer("")] * len(questions)
+    stops = torch.tensor([] if config.eos_token_id is None else config.eos_token_id, dtype=torch.long)
+    told = limit if config.forced_eos_token_id is None else limit - 1  # BART ends what is cut as if it had said all
     for chosen in batches([len(question) for question in questions], section.batch_size):
         ids = pad([questions[index] for index in chosen], tokenizer.pad_token_id)
         mask = pad([[1] * len(questions[index]) for index in chosen], 0)
@@ -75,11 +86,12 @@ def write_answers(
             written = model.generate(
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
-                max_new_tokens=section.max_new_tokens,
+                max_new_tokens=limit,
             )
         texts = tokenizer.batch_decode(written, skip_special_tokens=True)
-        for index, text in zip(chosen, texts, strict=True):
-            answers[index] = text.strip()
+        ended = torch.isin(written[:, 1 : told + 1].cpu(), stops).any(1).tolist()  # the first only starts the decoder
+        for index, text, is_ended in zip(chosen, texts, ended, strict=True):
+            answers[index] = Answer(text.strip(), None if is_ended else cut_by)
     return answers
 
 

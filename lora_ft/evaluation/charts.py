@@ -5,6 +5,7 @@ Drawings are `WIDTH` units wide; y runs down, as in SVG.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ WIDTH, HEIGHT = 720, 340
 LEFT, RIGHT, TOP, BOTTOM = 52, 16, 18, 34
 LOGARITHMIC_FROM = 25
 """Ratio of the largest loss to the smallest from which the axis is logarithmic, or the end of the curve is a line."""
+MOST_POINTS = 4 * WIDTH
+"""Points of a line; more would lie upon each other."""
 SMOOTHED_POINTS = 40
 """Points of the training loss above which it is also drawn smoothed."""
 
@@ -76,7 +79,7 @@ def draw_losses(curves: Curves) -> LossChart | None:
         return LEFT + (WIDTH - LEFT - RIGHT) * point.step / last_step, y.place(point.loss)
 
     def line(points: Sequence[Point]) -> str:
-        drawn = (place(point) for point in points if math.isfinite(point.loss))
+        drawn = (place(point) for point in _thin([point for point in points if math.isfinite(point.loss)]))
         return " ".join(f"{across:.1f},{down:.1f}" for across, down in drawn)
 
     def spot(point: Point) -> Spot:
@@ -139,10 +142,26 @@ def nice_ticks(low: float, high: float, count: int) -> list[float]:
 
 def _smooth(points: Sequence[Point]) -> list[Point]:
     """Means over a twentieth of the points to either side."""
-    reach = max(2, len(points) // 20)
-    losses = [point.loss for point in points]
-    windows = [losses[max(0, index - reach) : index + reach + 1] for index in range(len(losses))]
-    return [Point(p.step, p.epoch, sum(near) / len(near)) for p, near in zip(points, windows, strict=True)]
+    points = [point for point in points if math.isfinite(point.loss)]
+    reach, end = max(2, len(points) // 20), len(points)
+    sums = [0.0, *itertools.accumulate(point.loss for point in points)]
+    bounds = ((max(0, index - reach), min(end, index + reach + 1)) for index in range(end))
+    means = ((sums[stop] - sums[start]) / (stop - start) for start, stop in bounds)
+    return [Point(point.step, point.epoch, mean) for point, mean in zip(points, means, strict=True)]
+
+
+def _thin(points: Sequence[Point]) -> Sequence[Point]:
+    """The lowest and the highest of each few neighbours, where there are more points than a drawing can show."""
+    size = math.ceil(2 * len(points) / MOST_POINTS)
+    if size <= 2:
+        return points
+    groups = (points[start : start + size] for start in range(0, len(points), size))
+    extremes = ((min(group, key=_loss_of), max(group, key=_loss_of)) for group in groups)
+    return [point for pair in extremes for point in sorted(set(pair), key=lambda point: point.step)]
+
+
+def _loss_of(point: Point) -> float:
+    return point.loss
 
 
 def draw_bars(counts: Sequence[int], width: float, height: float) -> list[tuple[float, float, float, float]]:

@@ -14,7 +14,7 @@ import numpy as np
 from lora_ft.data.collate import Collator
 from lora_ft.data.splits import Splits
 from lora_ft.evaluation.bootstrap import ratio
-from lora_ft.evaluation.compare import Comparison, Prediction, batches, compare_sums, evaluating
+from lora_ft.evaluation.compare import Comparison, Figure, Prediction, batches, compare_sums, evaluating
 from lora_ft.sections import Recipe
 from lora_ft.training.labelled import score_labels
 
@@ -36,6 +36,18 @@ class SplitScores:
 
 
 @dataclass(frozen=True)
+class Constant:
+    """The tuned model against one that reads nothing: it knows how frequent each class is in training, and no more."""
+
+    label: str
+    """The commonest class of the training rows, which it always says."""
+    loss: Figure
+    """Of the classes' shares of the training rows, as `base`, and of the tuned model."""
+    accuracy: Figure
+    """Of always saying `label`, as `base`, and of the tuned model."""
+
+
+@dataclass(frozen=True)
 class Classification(Comparison):
     """Base and tuned on the test split; the base has a random head, and knows no class."""
 
@@ -44,7 +56,9 @@ class Classification(Comparison):
     splits: dict[str, SplitScores] | None = None
     """The tuned model on every split that has rows."""
     confusion: tuple[tuple[int, ...], ...] = ()
-    """Test rows of each class (down), by the class the tuned model chose (across)."""
+    """Test rows of each class (down), by the class the tuned model chose (across); none where there is no test row."""
+    constant: Constant | None = None
+    """The tuned model against a constant answer; None where there is no test row."""
 
 
 def compare_classes(
@@ -55,11 +69,12 @@ def compare_classes(
     rows = {name: getattr(splits, name) for name in ("train", "validation", "test")}
     with evaluating(model, adapter_on=True):
         tuned = {name: classify_rows(model, tokenizer, split, batch_size) for name, split in rows.items() if len(split)}
+    wanted = {name: np.array(rows[name]["labels"][:]) for name in tuned}
+    right = {name: count_right(logits, wanted[name]) for name, logits in tuned.items()}
     if "test" not in tuned:
-        return Classification({}, 0)
+        return Classification({}, 0, labels=tuple(labels), splits=right)
     with evaluating(model, adapter_on=False):
         base = classify_rows(model, tokenizer, splits.test, batch_size)
-    wanted = {name: np.array(rows[name]["labels"][:]) for name in tuned}
     scores = (score_classes(base, wanted["test"]), score_classes(tuned["test"], wanted["test"]))
     figures = {
         "loss": compare_sums(scores, (0, 2), ratio, "nats", "lower"),
@@ -80,8 +95,26 @@ def compare_classes(
         len(chosen),
         tuple(predictions),
         labels=tuple(labels),
-        splits={name: count_right(logits, wanted[name]) for name, logits in tuned.items()},
+        splits=right,
         confusion=tuple(map(tuple, confusion.tolist())),
+        constant=compare_constant(wanted["train"], wanted["test"], scores[1], labels),
+    )
+
+
+def compare_constant(taught: np.ndarray, wanted: np.ndarray, tuned: np.ndarray, labels: Sequence[str]) -> Constant:
+    """What is to be had without reading a row: the classes of the training rows [M] say what to answer to the test
+    rows [N], whose scores [N, 3 + 2C] the tuned model has.
+
+    A class counts one row more than it has (rule of succession), so that one that was never taught costs no infinity.
+    """
+    import torch
+
+    shares = torch.from_numpy(np.bincount(taught, minlength=len(labels)) + 1.0)
+    scores = (score_classes((shares / shares.sum()).log().expand(len(wanted), -1), wanted), tuned)
+    return Constant(
+        labels[int(shares.argmax())],
+        loss=compare_sums(scores, (0, 2), ratio, "nats", "lower"),
+        accuracy=compare_sums(scores, (1, 2), ratio, "share", "higher"),
     )
 
 
@@ -113,9 +146,13 @@ def score_classes(logits: Tensor, wanted: np.ndarray) -> np.ndarray:
 
 
 def mean_f1(sums: np.ndarray) -> float:
-    """The mean of the classes' F1 from sums [2C], each class counting the same however rare it is."""
+    """The mean of the classes' F1 from sums [2C], each class counting the same however rare it is.
+
+    A class that was neither wanted nor chosen has none, and does not count.
+    """
     hits, wanted_or_chosen = np.split(sums, 2)
-    return float(np.mean(hits / np.maximum(wanted_or_chosen, 1)))
+    seen = wanted_or_chosen > 0
+    return float(np.mean(hits[seen] / wanted_or_chosen[seen]))
 
 
 def count_right(logits: Tensor, wanted: Sequence[int] | np.ndarray) -> SplitScores:

@@ -9,8 +9,8 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal
+from itertools import chain, groupby, islice
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -18,8 +18,10 @@ from lora_ft.data.collate import Collator
 from lora_ft.data.example import Example
 from lora_ft.data.render import Renderer
 from lora_ft.data.store import chunked
+from lora_ft.errors import UserError
 from lora_ft.evaluation.bootstrap import Estimate, Finish, estimate_pair, ratio
 from lora_ft.evaluation.metrics import find_metric
+from lora_ft.model.profile import count_positions
 from lora_ft.sections import DataSection, EvaluationSection
 from lora_ft.training.loss import add_scoring
 from lora_ft.training.meter import sum_rows
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 
 WINDOW_BATCHES = 16
 """Batches that are read at once and sorted by length; memory does not grow with the rows beyond them."""
+Limit = Literal["max_new_tokens", "positions"]
+"""What can end an answer before the model does: the recipe, or a base that learned no more positions."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,12 @@ class Figure:
     num_rows: int
     """Rows it was measured on."""
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether its values and intervals are numbers that JSON knows."""
+        estimates = (self.base, self.tuned, self.difference)
+        return all(math.isfinite(number) for each in estimates for number in (each.value, each.low, each.high))
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -63,6 +73,51 @@ class Prediction:
     """The base's answer."""
     tuned: str
     """The tuned model's answer."""
+    cut_by: Limit | None = None
+    """What ended the tuned model's answer; None where it did so itself."""
+    is_reference_longer: bool = False
+    """Whether the reference has more tokens than max_new_tokens."""
+
+
+class Answer(NamedTuple):
+    """What a model wrote."""
+
+    text: str
+    """Without special tokens."""
+    cut_by: Limit | None = None
+    """What ended it; None where the model did so itself."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How far the tuned model came with its answers."""
+
+    max_new_tokens: int
+    """Tokens that it could write."""
+    num_answers: int
+    """Rows that were answered."""
+    num_cut: int
+    """Answers that were ended by max_new_tokens."""
+    num_out_of_positions: int
+    """Answers that ended where the positions did that the base learned."""
+    num_long_references: int
+    """References of more tokens than max_new_tokens."""
+
+    def describe(self) -> Iterator[str]:
+        """A sentence for each limit that was met."""
+        limit, raised = f"max_new_tokens ({self.max_new_tokens})", "raise evaluation.max_new_tokens."
+        if self.num_cut:
+            longer = self.num_long_references
+            references = f"{longer} reference{'s are' if longer > 1 else ' is'}" if longer else "no reference is"
+            advice = f", and {references} longer: {raised}" if longer else f", though {references} longer."
+            yield f"{self.num_cut} of {self.num_answers} answers were cut at {limit}{advice}"
+        elif self.num_long_references:
+            yield f"{self.num_long_references} of {self.num_answers} references are longer than {limit}: {raised}"
+        if self.num_out_of_positions:
+            yield (
+                f"{self.num_out_of_positions} of {self.num_answers} answers were cut where the base's learned positions"
+                " end: give shorter prompts, or take a base with more positions."
+            )
 
 
 @dataclass(frozen=True)
@@ -77,6 +132,10 @@ class Comparison:
     """The rows that were answered, in order; none where no row asks anything."""
     general: Figure | None = None
     """Loss on text that has nothing to do with the task: what was forgotten."""
+    generation: Generation | None = None
+    """How far the answers came; None where there are none."""
+    notes: tuple[str, ...] = ()
+    """What a reader of the figures must know, a sentence each: answers that were cut, figures that were left out."""
 
     def to_json(self) -> dict[str, Any]:
         """All of it as plain values but the predictions, which go to a file of their own."""
@@ -106,8 +165,36 @@ def compare_models(
     if general is not None and len(general):
         general_scores = score_pair(model, lambda: score_rows(model, tokenizer, general, section.batch_size))
         forgotten = compare_sums(general_scores, (0, 2), ratio, "nats", "lower")
-    figures = compare_tokens(scores) | score_answers(predictions, section.metrics)
-    return Comparison(figures, int(scores[0][:, 2].sum()), predictions, forgotten)
+    return sum_up(predictions, scores, section, forgotten)
+
+
+def sum_up(
+    predictions: tuple[Prediction, ...],
+    scores: tuple[np.ndarray, np.ndarray],
+    section: EvaluationSection,
+    general: Figure | None = None,
+) -> Comparison:
+    """All figures of what both models wrote, and of their rows [N, 3] as `compare_tokens` takes them.
+
+    Those that are no finite numbers are left out, with a note.
+    """
+    own, notes = score_answers(predictions, section.metrics)
+    figures = compare_tokens(scores) | own
+    measured = {name: figure for name, figure in figures.items() if figure.is_finite}
+    unmeasured = [name for name in figures if name not in measured]
+    if general is not None and not general.is_finite:
+        general, unmeasured = None, [*unmeasured, "loss on general text"]
+    notes += [f"{name} is left out: it is no finite number." for name in unmeasured]
+    generation = count_cuts(predictions, section.max_new_tokens) if predictions else None
+    cuts = generation.describe() if generation else ()
+    return Comparison(measured, int(scores[0][:, 2].sum()), predictions, general, generation, (*cuts, *notes))
+
+
+def count_cuts(predictions: Sequence[Prediction], max_new_tokens: int) -> Generation:
+    """How many answers of the tuned model a limit ended."""
+    cuts = [prediction.cut_by for prediction in predictions]
+    num_long = sum(prediction.is_reference_longer for prediction in predictions)
+    return Generation(max_new_tokens, len(cuts), cuts.count("max_new_tokens"), cuts.count("positions"), num_long)
 
 
 def compare_tokens(scores: tuple[np.ndarray, np.ndarray]) -> dict[str, Figure]:
@@ -119,18 +206,25 @@ def compare_tokens(scores: tuple[np.ndarray, np.ndarray]) -> dict[str, Figure]:
     }
 
 
-def score_answers(predictions: Sequence[Prediction], names: Sequence[str]) -> dict[str, Figure]:
-    """Each metric over the answers of both models; empty where there are none."""
+def score_answers(predictions: Sequence[Prediction], names: Sequence[str]) -> tuple[dict[str, Figure], list[str]]:
+    """Each metric over the answers of both models, none where there are none; and a note for each that fails."""
     figures: dict[str, Figure] = {}
+    notes = []
+    short = [name.rpartition("/")[2] for name in names]
     references = [prediction.reference for prediction in predictions]
-    for name in names if predictions else ():
-        metric = find_metric(name)
-        base = metric.measure([prediction.base for prediction in predictions], references)
-        tuned = metric.measure([prediction.tuned for prediction in predictions], references)
+    for name, own in zip(names, short, strict=True) if predictions else ():
+        label = name if short.count(own) > 1 else own
+        try:
+            metric = find_metric(name)
+            base = metric.measure([prediction.base for prediction in predictions], references)
+            tuned = metric.measure([prediction.tuned for prediction in predictions], references)
+        except UserError as error:  # a user's function, after all that was trained
+            (fault,) = error.faults
+            notes.append(f"{label} is left out ({fault.place}): {fault.rule}")
+            continue
         paired = estimate_pair(base, tuned, metric.finish)
-        label = name.rpartition("/")[2]
         figures[label] = Figure(paired.base, paired.tuned, paired.difference, metric.unit, "higher", len(predictions))
-    return figures
+    return figures, notes
 
 
 def compare_sums(
@@ -167,7 +261,17 @@ def answer_rows(
                 answers.append(generate_answers(model, tokenizer, prompts, renderer.stop_token_ids, section))
         references = [text.strip() for text in tokenizer.batch_decode(expected, skip_special_tokens=True)]
         texts = tokenizer.batch_decode(prompts)
-        yield from (Prediction(*row) for row in zip(texts, references, *answers, strict=True))
+        stops = set(renderer.stop_token_ids)
+        longer = [sum(token not in stops for token in ids) > section.max_new_tokens for ids in expected]
+        yield from pair_answers(texts, references, answers, longer)
+
+
+def pair_answers(
+    prompts: Sequence[str], references: Sequence[str], answers: Sequence[Sequence[Answer]], longer: Sequence[bool]
+) -> Iterator[Prediction]:
+    """Rows with the answers of the base and of the tuned model; `longer` says which references cannot be written."""
+    for prompt, reference, base, tuned, is_longer in zip(prompts, references, *answers, longer, strict=True):
+        yield Prediction(prompt, reference, base.text, tuned.text, tuned.cut_by, is_longer)
 
 
 def generate_answers(
@@ -176,15 +280,19 @@ def generate_answers(
     prompts: Sequence[list[int]],
     stop_token_ids: Sequence[int],
     section: EvaluationSection,
-) -> list[str]:
-    """The greedy answer to each prompt of token ids, special tokens removed, in the order of the prompts.
+) -> list[Answer]:
+    """The greedy answer to each prompt of token ids, in the order of the prompts.
 
-    Prompts of like length share a batch, padded on the left, so that every answer starts right after its prompt.
+    Prompts of like length share a batch, padded on the left, so that every answer starts right after its prompt. Those
+    near the end of learned positions share one only with prompts of their length, or it would cut their neighbours.
     """
     import torch
 
-    answers = [""] * len(prompts)
-    for chosen in batches([len(prompt) for prompt in prompts], section.batch_size):
+    positions, stops = count_positions(model), torch.tensor(stop_token_ids, dtype=torch.long)
+    lengths, answers = [len(prompt) for prompt in prompts], [Answer("", "positions")] * len(prompts)
+    limits = [limit_answer(section.max_new_tokens, positions, length) for length in lengths]
+    alike = (groupby(chosen, limits.__getitem__) for chosen in batches(lengths, section.batch_size))
+    for limit, chosen in ((limit, list(group)) for limit, group in chain.from_iterable(alike) if limit > 0):
         width = max(len(prompts[index]) for index in chosen)
         ids = torch.full((len(chosen), width), tokenizer.pad_token_id)
         mask = torch.zeros_like(ids)
@@ -195,7 +303,7 @@ def generate_answers(
             written = model.generate(
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
-                max_new_tokens=section.max_new_tokens,
+                max_new_tokens=limit,
                 do_sample=False,
                 temperature=None,
                 top_p=None,
@@ -203,10 +311,20 @@ def generate_answers(
                 pad_token_id=tokenizer.pad_token_id,
                 eos_token_id=list(stop_token_ids),
             )
-        texts = tokenizer.batch_decode(written[:, width:], skip_special_tokens=True)
-        for index, text in zip(chosen, texts, strict=True):
-            answers[index] = text.strip()
+        said = written[:, width:].cpu()
+        cut_by: Limit = "max_new_tokens" if limit == section.max_new_tokens else "positions"
+        texts, ended = tokenizer.batch_decode(said, skip_special_tokens=True), torch.isin(said, stops).any(1).tolist()
+        for index, text, is_ended in zip(chosen, texts, ended, strict=True):
+            answers[index] = Answer(text.strip(), None if is_ended else cut_by)
     return answers
+
+
+def limit_answer(max_new_tokens: int, positions: int | None, width: int) -> int:
+    """New tokens that may follow `width` tokens: those asked for, or what learned positions leave, which may be none.
+
+    The last token is read by nobody, and needs no position.
+    """
+    return max_new_tokens if positions is None else min(max_new_tokens, positions + 1 - width)
 
 
 @contextlib.contextmanager
@@ -238,14 +356,18 @@ def score_pair(model: PeftModel, score: Callable[[], np.ndarray]) -> tuple[np.nd
 
 
 def score_rows(model: Any, tokenizer: PreTrainedTokenizerBase, rows: datasets.Dataset, batch_size: int) -> np.ndarray:
-    """Loss in nats, tokens that were the first choice, and supervised tokens of each row [N, 3]: 24 bytes a row."""
+    """Loss in nats, tokens that were the first choice, and supervised tokens of each row [N, 3]: 24 bytes a row.
+
+    Where the base learned positions, a row is read as far as they go.
+    """
     import torch
 
     add_scoring(model)
     collate, window = Collator(tokenizer.pad_token_id), batch_size * WINDOW_BATCHES
-    sums = np.empty((len(rows), 3))
+    sums, fitting = np.empty((len(rows), 3)), slice(count_positions(model))
     for start in range(0, len(rows), window):
-        read = [rows[index] for index in range(start, min(start + window, len(rows)))]
+        whole = (rows[index] for index in range(start, min(start + window, len(rows))))
+        read = [{name: row[name][fitting] for name in ("input_ids", "labels")} for row in whole]
         for chosen in batches([len(row["input_ids"]) for row in read], batch_size):
             batch = collate([read[index] for index in chosen])
             with torch.no_grad():

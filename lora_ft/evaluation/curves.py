@@ -44,14 +44,23 @@ class Curves:
     @property
     def turning(self) -> Point | None:
         """Where validation was lowest, if it ended clearly above; None where it never turned."""
-        if (lowest := self.lowest) is None:
+        return self.turning_before(self.validation[-1]) if self.validation else None
+
+    def turning_before(self, point: Point) -> Point | None:
+        """Where validation was lowest, if that lies before a point of it that is clearly above."""
+        lowest = self.lowest
+        if lowest is None or lowest.step >= point.step:
             return None
-        rise = self.validation[-1].loss - lowest.loss
-        return lowest if rise > max(TURNED_BY * lowest.loss, TURNED_BY_NATS) else None
+        return lowest if point.loss - lowest.loss > validation_noise(lowest.loss) else None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return asdict(self)
+
+
+def validation_noise(loss: float) -> float:
+    """How far a validation loss of so many nats moves without meaning anything, in nats."""
+    return max(TURNED_BY * loss, TURNED_BY_NATS)
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ from lora_ft.model.load import AUTO_CLASSES
 
 PAGE, PICTURE = "report.html", "loss.png"
 REFRESH_SECONDS = 5
-GOOD, BAD = ("good fit",), ("leaking split", "overfit", "no better than base")
+GOOD, BAD = ("good fit",), ("leaking split", "overfit", "no better than base", "no better than a constant answer")
 """Verdicts shown in green and red; the others in amber."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,22 @@ def write_report(evidence: Evidence, run: Path, seconds: float) -> dict[str, Any
     figures = {**evidence.compared.to_json(), "verdict": verdict, "seconds": round(seconds, 2)}
     whole = {**figures, "curves": evidence.curves.to_json(), "audit": evidence.audit.to_json()}
     with whole_folder(run / "report") as folder:
-        (folder / REPORT).write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / REPORT).write_text(
+            json.dumps(_without_nan(whole), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
         with open(folder / PREDICTIONS, "w", encoding="utf-8") as stream:
             for prediction in evidence.compared.predictions:
                 stream.write(json.dumps(asdict(prediction), ensure_ascii=False) + "\n")
     return figures
+
+
+def _without_nan(value: Any) -> Any:
+    """The value with null for each number that JSON does not know, such as the loss of a run that diverged."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_report(run: Path) -> dict[str, Any] | None:

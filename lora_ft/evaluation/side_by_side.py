@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from lora_ft.errors import UserError
-from lora_ft.evaluation.report import read_report
+from lora_ft.evaluation.report import REPORT, read_report
 from lora_ft.fingerprint import read_json
 
 UNREMARKABLE = ("output_dir", "export")
@@ -57,6 +57,9 @@ def compare_runs(folders: Sequence[Path]) -> list[ComparedRun]:
         if report is None:
             rule = "The run was not evaluated yet."
             raise UserError(str(folder), None, rule, f"Run: lora-ft evaluate {folder}")
+        if absent := [name for name in ("verdict", "figures", "general") if name not in report]:
+            rule = f"A report has {', '.join(absent)}."
+            raise UserError(str(folder / "report" / REPORT), None, rule, f"Run: lora-ft evaluate {folder}")
         runs.append(
             ComparedRun(
                 name=folder.resolve().name,
@@ -66,7 +69,7 @@ def compare_runs(folders: Sequence[Path]) -> list[ComparedRun]:
                 general=report["general"],
                 num_parameters=manifest["trainable_parameters"],
                 train_seconds=manifest.get("training", {}).get("train_runtime"),
-                data=manifest.get("identity", {}).get("data", ""),
+                data=manifest.get("identity", {}).get("decisive", {}).get("data", ""),
             )
         )
     return runs

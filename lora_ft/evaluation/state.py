@@ -61,7 +61,9 @@ def describe_state(lines: Sequence[dict[str, Any]], now: float) -> RunState:
 
 
 def _time_left(lines: Sequence[dict[str, Any]], max_steps: int | None) -> float | None:
-    """Steps left, at the pace of the last logged steps, validation included."""
+    """Steps left, at the pace of the last logged steps since the training went on, validation included."""
+    started = next(line["time"] for line in reversed(lines) if "max_steps" in line) if max_steps is not None else 0.0
+    lines = [line for line in lines if line["time"] >= started]
     recent = [line for line in lines if "loss" in line][-PACE_LINES:]
     if max_steps is None or len(recent) < 2:
         return None

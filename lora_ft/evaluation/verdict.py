@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from lora_ft.evaluation.curves import Curves
+import numpy as np
+
+from lora_ft.evaluation.curves import Curves, Point, validation_noise
 
 if TYPE_CHECKING:
     from lora_ft.data.audit import AuditReport
+    from lora_ft.evaluation.classify import Constant
     from lora_ft.evaluation.compare import Comparison, Figure
 
 LEAKED_SHARE = 0.01
@@ -17,7 +21,7 @@ LEAKED_SHARE = 0.01
 STILL_FALLING = 0.05
 """Share of all that the loss has fallen, lost in the last fifth of the steps: it would fall further."""
 BARELY = 0.02
-"""Share of its first value by which a loss must fall for anything to be learned."""
+"""Share of its mean over the first fifth by which a loss must fall for anything to be learned."""
 FEW_ROWS = 50
 """Training rows below which a domain is hardly described."""
 FEW_TEST_ROWS = 10
@@ -38,14 +42,31 @@ class Evidence:
     """Base against tuned on the test split."""
     audit: AuditReport
     """The data."""
-    keeps_best: bool
-    """Whether the adapter is that of the lowest validation loss, not of the last step."""
+    kept_step: int | None
+    """The step that validation chose, whose adapter was kept; None where that of the last step was."""
 
     @property
     def main(self) -> Figure | None:
         """What base and tuned are judged by: the loss, or the first figure of a task that has none."""
         figures = self.compared.figures
         return figures.get("loss") or next(iter(figures.values()), None)
+
+    @property
+    def constant(self) -> Constant | None:
+        """Tuned against a model that reads nothing; None of tasks without classes."""
+        return getattr(self.compared, "constant", None)
+
+    @property
+    def is_clearly_better(self) -> bool:
+        """Whether the tuned model is better by more than what may be an accident of the test rows."""
+        judged = [figure for figure in (self.main, self.constant and self.constant.loss) if figure]
+        return bool(judged) and all(_gain(figure).low > 0 for figure in judged)
+
+    @property
+    def kept(self) -> Point | None:
+        """Where validation stood with the adapter that was kept; None without validation."""
+        points = self.curves.validation
+        return next((point for point in points if point.step == self.kept_step), points[-1] if points else None)
 
     @property
     def num_train_rows(self) -> int:
@@ -87,7 +108,8 @@ class Verdict:
 def judge_run(evidence: Evidence) -> Verdict:
     """The verdict on a run.
 
-        leaking split ► overfit ► not measured ► no better than base ► not enough data ► underfit ► good fit
+        leaking split ► overfit ► not measured ► no better than base ► no better than a constant answer
+        ► not enough data ► underfit ► good fit
 
     and then what was forgotten. A cause comes before what it causes: with a leaking split the other figures mean
     little.
@@ -112,18 +134,22 @@ def _find_leaks(evidence: Evidence) -> Iterator[Finding]:
 
 
 def _find_overfit(evidence: Evidence) -> Iterator[Finding]:
-    curves, turning = evidence.curves, evidence.curves.turning
-    if turning is None or evidence.keeps_best:
+    curves, kept = evidence.curves, evidence.kept
+    turning = curves.turning_before(kept) if kept is not None else None
+    if kept is None or turning is None:
         return
-    last = curves.validation[-1]
-    trained = f" while the training loss went down to {curves.train[-1].loss:.3f}" if curves.train else ""
+    if evidence.kept_step is not None:
+        how = ", whose adapter was kept"
+        advice = "Keep the step of the lowest loss (training.metric_for_best_model: loss), or "
+    else:
+        how = f" while the training loss went down to {curves.train[-1].loss:.3f}" if curves.train else ""
+        advice = "Stop there and keep that step (training.early_stopping_patience: 2), or "
     because = (
         f"Validation loss was lowest at step {turning.step} (epoch {turning.epoch:.1f}) with {turning.loss:.3f},"
-        f" and rose to {last.loss:.3f} by step {last.step}{trained}."
+        f" and rose to {kept.loss:.3f} by step {kept.step}{how}."
     )
-    advice = "Stop there and keep that step (training.early_stopping_patience: 2), or "
     epochs = max(1, round(turning.epoch))
-    shorter = f"train {epochs} epoch{'s' * (epochs > 1)} instead of {last.epoch:.0f}" if last.epoch > epochs else ""
+    shorter = f"train {epochs} epoch{'s' * (epochs > 1)} instead of {kept.epoch:.0f}" if kept.epoch > epochs else ""
     yield Finding("overfit", because, advice + (shorter or "lower training.learning_rate") + "; more rows help most.")
 
 
@@ -132,12 +158,30 @@ def _find_no_better(evidence: Evidence) -> Iterator[Finding]:
     if figure is None or _gain(figure).value > 0:
         return
     because = f"{_describe_difference(figure)} on {figure.num_rows} test rows: the adapter does not help."
-    fell = _share_fallen(evidence.curves)
-    if fell is not None and fell < BARELY:
-        advice = "Training hardly moved the loss: raise training.learning_rate (1e-4 to 2e-3 is usual for LoRA) or r."
+    standstill = _find_standstill(evidence.curves)
+    if standstill is not None:
+        advice = standstill.advice
     else:
-        advice = "It learned its training rows, yet not this: check that test and training rows are of one kind."
+        advice = "Whatever it learned, it is not this: check that test and training rows are of one kind."
     yield Finding("no better than base", because, advice)
+
+
+def _find_no_better_than_constant(evidence: Evidence) -> Iterator[Finding]:
+    """The base of a classifier has a head drawn at random, so that to be better than it says little."""
+    constant = evidence.constant
+    if constant is None or (_gain(constant.loss).low > 0 and constant.accuracy.difference.high >= 0):
+        return
+    loss, accuracy = constant.loss, constant.accuracy
+    because = (
+        f"{_describe_constant(constant)} The tuned model is right on {accuracy.tuned.value:.1%} (difference between"
+        f" {accuracy.difference.low:+.1%} and {accuracy.difference.high:+.1%} with 95% confidence) with a loss of"
+        f" {loss.tuned.value:.3g} ({loss.difference.low:+.3g} to {loss.difference.high:+.3g})."
+    )
+    advice = (
+        "If it is not right on its training rows either, train longer or raise training.learning_rate (1e-4 to 2e-3"
+        " is usual for LoRA); if it is, it learned them by heart: more rows help most, then fewer epochs."
+    )
+    yield Finding("no better than a constant answer", because, advice)
 
 
 def _find_unmeasured(evidence: Evidence) -> Iterator[Finding]:
@@ -163,14 +207,17 @@ def _find_too_little(evidence: Evidence) -> Iterator[Finding]:
 
 def _find_underfit(evidence: Evidence) -> Iterator[Finding]:
     curves = evidence.curves
-    fell, falling = _share_fallen(curves), _share_falling(curves)
-    if fell is not None and fell < BARELY:
-        because = f"The training loss went from {curves.train[0].loss:.3f} to {curves.train[-1].loss:.3f} only."
-        yield Finding("underfit", because, "Raise training.learning_rate (1e-4 to 2e-3 is usual for LoRA), or lora.r.")
-    elif falling is not None and falling >= STILL_FALLING and curves.turning is None:
-        because = f"The training loss was still falling: {falling:.0%} of all it fell, in the last fifth of the steps."
-        last = curves.train[-1]
-        advice = f"Train longer: training.num_train_epochs (now {last.epoch:.3g}), or a higher learning rate."
+    standstill = _find_standstill(curves)
+    if standstill is not None and not evidence.is_clearly_better:
+        yield standstill
+        return
+    is_validated = len(curves.validation) > 1
+    name, points = ("validation", curves.validation) if is_validated else ("training", curves.train)
+    falling = _share_falling_validated(curves) if is_validated else _share_falling(curves)
+    if falling is not None and falling >= STILL_FALLING:
+        because = f"The {name} loss was still falling: {falling:.0%} of all it fell, in the last fifth of the steps."
+        epochs = points[-1].epoch
+        advice = f"Train longer: training.num_train_epochs (now {epochs:.3g}), or a higher learning rate."
         yield Finding("underfit", because, advice)
 
 
@@ -187,6 +234,7 @@ CAUSES: tuple[Callable[[Evidence], Iterator[Finding]], ...] = (
     _find_overfit,
     _find_unmeasured,
     _find_no_better,
+    _find_no_better_than_constant,
     _find_too_little,
     _find_underfit,
     _find_unwatched,
@@ -195,17 +243,32 @@ CAUSES: tuple[Callable[[Evidence], Iterator[Finding]], ...] = (
 
 
 def _describe_good_fit(evidence: Evidence) -> Finding:
-    figure, curves = evidence.main, evidence.curves
+    figure, constant = evidence.main, evidence.constant
     assert figure is not None, "what was not measured is a finding"
-    parts = [f"{_describe_difference(figure)} on {figure.num_rows} test rows."]
-    if curves.turning is not None:
-        parts.append(f"Validation turned at step {curves.turning.step}, and the adapter of that step was kept.")
-    elif curves.validation:
-        last = curves.validation[-1]
-        parts.append(f"Validation loss ended at {last.loss:.3f}, within noise of its lowest.")
-    else:
-        parts.append("Without validation rows nobody knows whether it turned on the way.")
+    parts = [f"{_describe_difference(figure)} on {figure.num_rows} test rows.", _describe_validation(evidence)]
+    if constant is not None:
+        parts.insert(1, _describe_constant(constant))
     return Finding("good fit", " ".join(parts), "Read the answers side by side, then use it.")
+
+
+def _describe_validation(evidence: Evidence) -> str:
+    """How validation stood with the adapter that was kept, where it had not turned by then."""
+    kept, lowest, turning = evidence.kept, evidence.curves.lowest, evidence.curves.turning
+    if kept is None or lowest is None:
+        return "Without validation nobody knows whether it turned on the way."
+    if evidence.kept_step is None:
+        return f"Validation loss ended at {kept.loss:.3f}, within noise of its lowest."
+    if turning is not None and turning.step == kept.step:
+        return f"Validation turned at step {kept.step}, and the adapter of that step was kept."
+    least = "its lowest" if kept.loss <= lowest.loss else f"and {lowest.loss:.3f} at its lowest, at step {lowest.step}"
+    return f"The adapter of step {kept.step} was kept: validation loss was {kept.loss:.3f} there, {least}."
+
+
+def _describe_constant(constant: Constant) -> str:
+    right, loss = constant.accuracy.base.value, constant.loss.base.value
+    return (
+        f'Always "{constant.label}" would be right on {right:.1%}, and the classes\' shares have a loss of {loss:.3g}.'
+    )
 
 
 def _find_forgetting(evidence: Evidence) -> Iterator[Finding]:
@@ -220,9 +283,10 @@ def _describe_method(evidence: Evidence) -> str:
     splits = evidence.audit.data.splits
     rows = {name: splits[name].num_documents for name in ("validation", "test")}
     steered = "The adapter is that of the last step; no validation row chose it."
-    if rows["validation"] and evidence.keeps_best:
-        steered = f"The {rows['validation']} validation rows chose the step whose adapter was kept."
-    elif rows["validation"]:
+    if evidence.kept_step is not None:
+        kept = f"step {evidence.kept_step}"
+        steered = f"The {rows['validation']} validation rows chose the step whose adapter was kept: {kept}."
+    elif evidence.curves.validation:
         steered = (
             f"The {rows['validation']} validation rows watched the training; the adapter is that of the last step."
         )
@@ -258,19 +322,51 @@ def _describe_difference(figure: Figure) -> str:
     )
 
 
-def _share_fallen(curves: Curves) -> float | None:
-    """By what share of its first value the training loss fell; None where too little was logged."""
-    if len(curves.train) < 2 or curves.train[0].loss <= 0:
-        return None
-    return 1 - curves.train[-1].loss / curves.train[0].loss
-
-
-def _share_falling(curves: Curves) -> float | None:
-    """How much of all it fell the training loss fell in the last fifth; None where too little was logged."""
+def _find_standstill(curves: Curves) -> Finding | None:
+    """Underfit, where the training loss surely did not fall; None where it did, or where its noise hides it."""
     losses = [point.loss for point in curves.train]
     fifth = len(losses) // 5
     if len(losses) < FEW_POINTS:
         return None
-    last, before = (sum(part) / fifth for part in (losses[-fifth:], losses[-2 * fifth : -fifth]))
-    fallen = losses[0] - last
-    return (before - last) / fallen if fallen > 0 else None
+    first, last = (sum(part) / fifth for part in (losses[:fifth], losses[-fifth:]))
+    noise = _noise_of_means(losses, fifth)
+    went = f"from {first:.3f} to {last:.3f}"
+    if last - first > noise:
+        because = f"The training loss rose {went}, in the mean of the first and the last fifth of the steps."
+        return Finding("underfit", because, "Training made the loss worse: lower training.learning_rate.")
+    if first - last + noise < BARELY * first:
+        because = f"The training loss went {went} only, in the mean of the first and the last fifth of the steps."
+        advice = "raise training.learning_rate (1e-4 to 2e-3 is usual for LoRA), or lora.r."
+        return Finding("underfit", because, f"Training hardly moved the loss: {advice}")
+    return None
+
+
+def _share_falling(curves: Curves) -> float | None:
+    """How much of all it fell the training loss fell in the last fifth; None where noise hides it."""
+    losses = [point.loss for point in curves.train]
+    fifth = len(losses) // 5
+    if len(losses) < FEW_POINTS:
+        return None
+    parts = (losses[:fifth], losses[-2 * fifth : -fifth], losses[-fifth:])
+    first, before, last = (sum(part) / fifth for part in parts)
+    is_clear = before - last > _noise_of_means(losses[len(losses) // 2 :], fifth)
+    return (before - last) / (first - last) if is_clear and first > last else None
+
+
+def _share_falling_validated(curves: Curves) -> float | None:
+    """How much of all it fell the validation loss fell in the last fifth of its steps; None where noise hides it."""
+    points = curves.validation
+    steps, losses = [point.step for point in points], [point.loss for point in points]
+    before, last = float(np.interp(0.8 * steps[-1], steps, losses)), losses[-1]
+    is_clear = curves.turning is None and before - last > validation_noise(last)
+    return (before - last) / (losses[0] - last) if is_clear and losses[0] > last else None
+
+
+def _noise_of_means(losses: Sequence[float], size: int) -> float:
+    """Two standard errors of the difference between the means of two stretches of `size` losses.
+
+    The noise is that between neighbours, so that a slope does not count as noise.
+    Source: von Neumann 1941, "Distribution of the Ratio of the Mean Square Successive Difference to the Variance".
+    """
+    variance = float(np.mean(np.diff(losses) ** 2)) / 2
+    return 2 * math.sqrt(2 * variance / size)

@@ -42,12 +42,12 @@ def make_audit(leaked=0, num_train=400):
 def make_evidence():
     """A function that makes the evidence of a run that went well, with parts replaced."""
 
-    def make(train=None, validation=(2.0, 1.2, 1.0, 0.95), general=None, loss=None, keeps_best=False, **audit):
+    def make(train=None, validation=(2.0, 1.2, 1.0, 0.95), general=None, loss=None, kept_step=None, **audit):
         train = train or [3 * 0.8**index + 0.5 for index in range(40)]
         curves = Curves(make_curve(train, 5), make_curve(validation, STEPS_AN_EPOCH))
         figures = {"loss": loss or make_figure(3.0, 0.9)}
         prediction = Prediction("<|user|>What?", "the red light", "a light <script>alert(1)</script>", "the red light")
-        return Evidence(curves, Comparison(figures, 900, (prediction,) * 3, general), make_audit(**audit), keeps_best)
+        return Evidence(curves, Comparison(figures, 900, (prediction,) * 3, general), make_audit(**audit), kept_step)
 
     return make
 

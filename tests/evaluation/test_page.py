@@ -73,6 +73,12 @@ def test_page_marks_where_validation_turned(make_run):
     assert 'class="verdict bad"' in text and "<h2>Overfit</h2>" in text
 
 
+@pytest.mark.parametrize(("leaked", "is_claimed"), [(0, True), (30, False)])
+def test_page_does_not_call_leaked_rows_unseen(make_run, leaked, is_claimed):
+    text = page_of(make_run(leaked=leaked))
+    assert ("nobody trained on" in text) == is_claimed and "On 100 test rows" in text
+
+
 def test_page_of_a_training_run_loads_itself_anew(make_run):
     run = make_run()
     back_in_training(run, 11)
