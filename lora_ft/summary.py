@@ -92,9 +92,8 @@ def print_classes(evaluation: dict[str, Any], console: Console) -> None:
     ]
     console.print(f"[bold]right[/] {', '.join(shares)}")
     if constant := evaluation.get("constant"):
-        console.print(
-            f"always “{escape(constant['label'])}”: {constant['accuracy']['base']['value']:.1%} of the test rows"
-        )
+        share = constant["accuracy"]["base"]["value"]
+        console.print(f"always “{escape(constant['label'])}” would be right on {share:.1%} of the test rows")
     labels, confusion = [escape(label) for label in evaluation["labels"]], evaluation["confusion"]
     if len(labels) > MOST_CLASSES:
         print_confusions(labels, confusion, console)
