@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 import shutil
 import sys
 import warnings
@@ -83,12 +84,16 @@ def sweep(
     """Trials until there are `num_trials` in all, by the validation loss alone; the best recipe is written out.
 
     Raises:
-        UserError: Optuna is absent, the space does not fit the recipe, or the folder holds another sweep.
+        UserError: Optuna is absent, the space does not fit the recipe, the folder holds another sweep, or several
+            processes were launched.
         Interrupted: a signal ended a trial; the same sweep begins it again.
         RunFailed: no trial was complete.
     """
     if importlib.util.find_spec("optuna") is None:
         raise UserError("sweep", None, "The package optuna is not installed.", "Run: pip install 'lora-ft[sweep]'")
+    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        rule = f"A sweep is one process, and {processes} were launched."
+        raise UserError("environment  WORLD_SIZE", processes, rule, "Run lora-ft sweep without a launcher.")
     plain = load_recipe(recipe, overrides)
     axes = load_space(space, recipe, overrides)
     folder = folder or plain.output_dir.with_name(f"{plain.output_dir.name}-sweep")

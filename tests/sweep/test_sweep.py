@@ -184,6 +184,13 @@ def test_trial_tells_its_base_and_data_before_it_trains(recipe_file, tmp_path):
     assert seen[0] == seen[1] and seen[2][0] == seen[0][0] and seen[2][1] != seen[0][1]
 
 
+def test_a_sweep_is_one_process(recipe_file, space_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="A sweep is one process, and 2 were launched"):
+        sweep(recipe_file(), space_file(), 1, folder=tmp_path / "out", run_trial=pretend)
+    assert not (tmp_path / "out").exists()
+
+
 def test_folder_may_have_any_name(recipe_file, space_file, tmp_path):
     folder = tmp_path / "sw😀 ü"
     result = sweep(recipe_file(), space_file(), 1, folder=folder, run_trial=pretend)
