@@ -57,6 +57,15 @@ LORAPLUS = "loraplus_lr_ratio"
 EARLY_STOPPING = "early_stopping_patience"
 """The one key under `training` that is no SFTConfig field: `LoraTrainer` goes by it, over a resume too."""
 
+INERT = {
+    "llm_int8_threshold": 6.0,
+    "llm_int8_has_fp16_weight": False,
+    "bnb_4bit_compute_dtype": "float32",
+    "bnb_4bit_quant_storage": "uint8",
+    "bnb_4bit_quant_type": "fp4",
+    "bnb_4bit_use_double_quant": False,
+}
+"""What a config that transformers wrote says of keys that say nothing there."""
 LogLevel = Literal["detail", "debug", "info", "warning", "error", "critical", "passive"]
 
 OUR_FIELDS: dict[str, dict[str, LibraryField]] = {
@@ -494,7 +503,7 @@ def _check_quantization(quantization: dict[str, Any], document: Document, faults
         faults.append(Fault(document.place(("quantization",)), None, rule, fix))
         return
     for key, value in quantization.items():
-        if value is not None and str(key).startswith(IDLE[bits[0]]):
+        if str(key).startswith(IDLE[bits[0]]) and value not in (None, INERT.get(str(key))):
             rule = f"It does nothing beside {bits[0]}."
             faults.append(Fault(document.place(("quantization", key)), value, rule, "Leave it out."))
 

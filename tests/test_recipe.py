@@ -211,7 +211,7 @@ def test_keys_owned_elsewhere_are_refused(tmp_path, section, key):
         ("training.parallelism_config={tp_size: 2}", "which a recipe cannot write"),
         ("training.pad_to_multiple_of=8", "padded to the longest of their batch"),
         ("quantization={load_in_8bit: true, bnb_4bit_quant_type: nf4}", "It does nothing beside load_in_8bit."),
-        ("quantization={load_in_4bit: true, llm_int8_threshold: 6.0}", "It does nothing beside load_in_4bit."),
+        ("quantization={load_in_4bit: true, llm_int8_threshold: 5.0}", "It does nothing beside load_in_4bit."),
         ("quantization={load_in_4bit: true, llm_int8_has_fp16_weight: true}", "It does nothing beside load_in_4bit."),
         *((f"training.seed=!!{tag}", "not a YAML value") for tag in BAD_TAGS),
         ("lora.target_modules=&a [*a]", "not a YAML value"),

@@ -90,14 +90,17 @@ def compare_classes(
             splits.examples("test"), base.argmax(-1).tolist(), chosen.tolist(), strict=True
         )
     )
+    measured = {name: figure for name, figure in figures.items() if figure.is_finite}
+    constant = compare_constant(wanted["train"], wanted["test"], scores[1], labels)
     return Classification(
-        figures,
+        measured,
         len(chosen),
         tuple(predictions),
+        notes=tuple(f"{name} is left out: it is no finite number." for name in figures if name not in measured),
         labels=tuple(labels),
         splits=right,
         confusion=tuple(map(tuple, confusion.tolist())),
-        constant=compare_constant(wanted["train"], wanted["test"], scores[1], labels),
+        constant=constant if constant.loss.is_finite else None,
     )
 
 

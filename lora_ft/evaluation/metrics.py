@@ -30,7 +30,7 @@ from lora_ft.fingerprint import hash_json
 RowScore = Callable[[str, str], float]
 """(answer, reference) → a score."""
 Unit = Literal["share", "number"]
-TRIALS = (("an answer", "an answer"), ("", "an answer"), ("an answer", "other words"), ("7", ""))
+TRIALS = (("an answer", "an answer"), ("", "an answer"), ("an answer", "other words"), ("7", "an answer"))
 """Answers and references on which a user's function is tried: models say nothing, and something else."""
 HAN = "\u3005\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 UNSPACED = (

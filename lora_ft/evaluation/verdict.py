@@ -20,6 +20,8 @@ LEAKED_SHARE = 0.01
 """Share of held-out rows that stand in training too, from which the test's figures cannot be believed."""
 STILL_FALLING = 0.05
 """Share of all that the loss has fallen, lost in the last fifth of the steps: it would fall further."""
+WATCHED_FROM = 0.7
+"""Share of the steps from which on a validation before the last one tells what the last fifth did."""
 BARELY = 0.02
 """Share of its mean over the first fifth by which a loss must fall for anything to be learned."""
 FEW_ROWS = 50
@@ -138,7 +140,9 @@ def _find_overfit(evidence: Evidence) -> Iterator[Finding]:
     turning = curves.turning_before(kept) if kept is not None else None
     if kept is None or turning is None:
         return
-    if evidence.kept_step is not None:
+    if turning.step == 0:
+        how, advice = "", "Every step made it worse: "
+    elif evidence.kept_step is not None:
         how = ", whose adapter was kept"
         advice = "Keep the step of the lowest loss (training.metric_for_best_model: loss), or "
     else:
@@ -149,7 +153,8 @@ def _find_overfit(evidence: Evidence) -> Iterator[Finding]:
         f" and rose to {kept.loss:.3f} by step {kept.step}{how}."
     )
     epochs = max(1, round(turning.epoch))
-    shorter = f"train {epochs} epoch{'s' * (epochs > 1)} instead of {kept.epoch:.0f}" if kept.epoch > epochs else ""
+    is_shorter = turning.step > 0 and kept.epoch > epochs
+    shorter = f"train {epochs} epoch{'s' * (epochs > 1)} instead of {kept.epoch:.0f}" if is_shorter else ""
     yield Finding("overfit", because, advice + (shorter or "lower training.learning_rate") + "; more rows help most.")
 
 
@@ -169,9 +174,13 @@ def _find_no_better(evidence: Evidence) -> Iterator[Finding]:
 def _find_no_better_than_constant(evidence: Evidence) -> Iterator[Finding]:
     """The base of a classifier has a head drawn at random, so that to be better than it says little."""
     constant = evidence.constant
-    if constant is None or (_gain(constant.loss).low > 0 and constant.accuracy.difference.high >= 0):
+    if constant is None:
         return
     loss, accuracy = constant.loss, constant.accuracy
+    is_worse = accuracy.difference.high < 0
+    is_unclear = _gain(loss).value > 0 or accuracy.difference.low > 0
+    if not is_worse and is_unclear:
+        return
     because = (
         f"{_describe_constant(constant)} The tuned model is right on {accuracy.tuned.value:.1%} (difference between"
         f" {accuracy.difference.low:+.1%} and {accuracy.difference.high:+.1%} with 95% confidence) with a loss of"
@@ -185,18 +194,28 @@ def _find_no_better_than_constant(evidence: Evidence) -> Iterator[Finding]:
 
 
 def _find_unmeasured(evidence: Evidence) -> Iterator[Finding]:
-    if evidence.main is None:
-        because, advice = "There is no test row, so nothing was compared.", "Give data.split.test a share."
-        yield Finding("not measured", because, advice)
+    if evidence.main is not None:
+        return
+    because, advice = "There is no test row, so nothing was compared.", "Give data.split.test a share."
+    if evidence.compared.num_supervised_tokens:
+        because, advice = " ".join(evidence.compared.notes), "Lower training.learning_rate, and see what the log says."
+    yield Finding("not measured", because, advice)
 
 
 def _find_too_little(evidence: Evidence) -> Iterator[Finding]:
-    figure, rows = evidence.main, evidence.num_train_rows
-    if figure is not None and (gain := _gain(figure)).value > 0 and gain.low <= 0:
-        needed = round(figure.num_rows * ((gain.value - gain.low) / gain.value) ** 2)
-        because = f"{_describe_difference(figure)} on {figure.num_rows} test rows: it may be an accident of these rows."
+    figure, rows, constant = evidence.main, evidence.num_train_rows, evidence.constant
+    against = {"": figure}
+    if constant is not None and constant.accuracy.difference.low <= 0:
+        against["Against a constant answer: "] = constant.loss
+    unclear = [(name, each) for name, each in against.items() if each and _gain(each).value > 0 >= _gain(each).low]
+    for name, each in unclear[:1]:
+        gain = _gain(each)
+        needed = round(each.num_rows * ((gain.value - gain.low) / gain.value) ** 2)
+        because = (
+            f"{name}{_describe_difference(each)} on {each.num_rows} test rows: it may be an accident of these rows."
+        )
         yield Finding("not enough data", because, f"About {needed} test rows would tell a difference of this size.")
-    elif rows < FEW_ROWS or (figure is not None and figure.num_rows < FEW_TEST_ROWS):
+    if not unclear and (rows < FEW_ROWS or (figure is not None and figure.num_rows < FEW_TEST_ROWS)):
         because = f"There are {rows} training rows, and {figure.num_rows if figure else 0} test rows."
         advice = (
             f"Collect more: below some {FEW_ROWS} training rows a model learns sentences, not a task, and below some"
@@ -211,7 +230,7 @@ def _find_underfit(evidence: Evidence) -> Iterator[Finding]:
     if standstill is not None and not evidence.is_clearly_better:
         yield standstill
         return
-    is_validated = len(curves.validation) > 1
+    is_validated = any(point.step >= WATCHED_FROM * curves.validation[-1].step for point in curves.validation[:-1])
     name, points = ("validation", curves.validation) if is_validated else ("training", curves.train)
     falling = _share_falling_validated(curves) if is_validated else _share_falling(curves)
     if falling is not None and falling >= STILL_FALLING:

@@ -183,13 +183,11 @@ def _refuse_unquantised(model: Any, quantization: dict[str, Any]) -> None:
         UserError: with the keys that say otherwise.
     """
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
+    from transformers.quantizers.quantizers_utils import should_convert_module
 
     names = [name for name, _ in model.named_modules()]
-    idle = [
-        skipped
-        for skipped in quantization.get("llm_int8_skip_modules") or ()
-        if not any(skipped in name for name in names)
-    ]
+    skipped = set(quantization.get("llm_int8_skip_modules") or ()).difference(FLOATING_HEADS)
+    idle = sorted(entry for entry in skipped if all(should_convert_module(name, [entry]) for name in names))
     if idle:
         rule = "This base has no such module."
         key = "quantization.llm_int8_skip_modules"

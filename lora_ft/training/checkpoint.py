@@ -100,18 +100,20 @@ def is_weights_only(checkpoint: Path) -> bool:
     return bool(json.loads((checkpoint / SEAL).read_bytes())["weights_only"])
 
 
-def rotate_checkpoints(run: Path, limit: int | None, best_steps: Sequence[int] = ()) -> None:
-    """Deletes checkpoints beyond `limit`: the best ones stay before the others, the newest stays in any case.
+def rotate_checkpoints(run: Path, limit: int | None, saved: Path, best_steps: Sequence[int] = ()) -> None:
+    """Deletes checkpoints beyond `limit`: the one just saved stays in any case, the best ones before the others.
 
-    `best_steps` are evaluated steps, the best first; without any, the newest `limit` stay.
+    Those of later steps were passed over as damaged when the run went on, and go first. `best_steps` are evaluated
+    steps, the best first; without any, the newest `limit` stay.
     """
     checkpoints = list_checkpoints(run)
     if not limit or limit < 0 or len(checkpoints) <= 1:
         return
-    named = {path.name: path for path in checkpoints}
+    candidates = checkpoints[checkpoints.index(saved) :]
+    named = {path.name: path for path in candidates}
     best = [named[name] for step in best_steps if (name := f"{PREFIX}{step}") in named][:limit]
-    kept = list(dict.fromkeys([checkpoints[0], *best]))
-    kept += [path for path in checkpoints if path not in kept][: max(0, limit - len(kept))]
+    kept = list(dict.fromkeys([saved, *best]))
+    kept += [path for path in candidates if path not in kept][: max(0, limit - len(kept))]
     for path in checkpoints:
         if path not in kept:
             remove_checkpoint(path)

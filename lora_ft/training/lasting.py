@@ -250,8 +250,8 @@ class LastingTrainer(Trainer):
         if is_writer:
             (draft / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle that nobody needs
             self.state.save_to_json(str(draft / TRAINER_STATE_NAME))
-            seal_checkpoint(draft, weights_only=self.args.save_only_model)
-            rotate_checkpoints(run, self.args.save_total_limit, self._best_steps())
+            saved = seal_checkpoint(draft, weights_only=self.args.save_only_model)
+            rotate_checkpoints(run, self.args.save_total_limit, saved, self._best_steps())
         self.accelerator.wait_for_everyone()
 
     def _best_steps(self) -> list[int]:

@@ -21,14 +21,7 @@ from lora_ft.fingerprint import hash_folder, hash_json, hash_tensors, whole_fold
 from lora_ft.model.adapter import CONFIG_NAME, TENSORS_NAME
 from lora_ft.recipe import dump_recipe
 from lora_ft.sections import Recipe
-from lora_ft.training.checkpoint import (
-    find_damage,
-    find_intact,
-    find_leftovers,
-    is_weights_only,
-    list_checkpoints,
-    remove_checkpoint,
-)
+from lora_ft.training.checkpoint import find_damage, find_intact, find_leftovers, is_weights_only, list_checkpoints
 from lora_ft.training.identity import Identity, describe_changes, find_differences, identify_run
 from lora_ft.training.lock import LOCK, refuse_if_locked, run_lock
 
@@ -140,10 +133,6 @@ def claim_run_folder(run: RunFolder, recipe: Recipe, manifest: dict[str, Any]) -
             raise UserError("output_dir", str(run.resume_from or run.path), rule, "Run the same command again.")
         if run.clears:
             _clear(run, manifest)
-        if run.resume_from is not None:
-            newest_first = list_checkpoints(run.path)
-            for damaged in newest_first[: newest_first.index(run.resume_from)]:  # as the newest, it would be kept
-                remove_checkpoint(damaged)
         for leftover in find_leftovers(run.path):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         write_manifest(run, "training", manifest)

@@ -45,28 +45,24 @@ def check_steering(recipe: Recipe) -> Iterator[Fault]:
 
 
 def check_reach(arguments: TrainingArguments, num_rows: int) -> Iterator[Fault]:
-    """A fault where a best checkpoint is to be chosen and no evaluation comes before the end of so many rows.
+    """A fault where a best checkpoint is to be chosen and `eval_delay` lasts longer than training on so many rows.
 
-    Steps and the first evaluation are counted as transformers does; `eval_steps` below 1 is a share of all steps.
+    The last step is evaluated in any case. Steps and epochs are counted as transformers does, by batches.
     """
     strategy, delay = str(getattr(arguments.eval_strategy, "value", arguments.eval_strategy)), arguments.eval_delay or 0
     if not arguments.load_best_model_at_end or strategy == "no":
         return
     batches = num_rows / (arguments.per_device_train_batch_size * arguments.world_size)
-    batches = math.floor(batches) if arguments.dataloader_drop_last else math.ceil(batches)
-    steps_an_epoch = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
+    batches = max(1, math.floor(batches) if arguments.dataloader_drop_last else math.ceil(batches))
+    accumulation = arguments.gradient_accumulation_steps
+    steps_an_epoch = math.ceil(batches / accumulation)
     steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(arguments.num_train_epochs * steps_an_epoch)
-    if strategy == "epoch":
-        end, first, unit = steps / steps_an_epoch, delay, "epoch"
-    else:
-        every = arguments.eval_steps if arguments.eval_steps >= 1 else math.ceil(steps * arguments.eval_steps)
-        end, first, unit = steps, every * max(1, math.ceil(delay / every)), "step"
-    if first > end:
-        key, value = ("eval_delay", delay) if delay else ("eval_steps", arguments.eval_steps)
-        rule = (
-            f"Training ends with {unit} {end:g}, before the first evaluation at {unit} {first:g}: nothing is best then."
-        )
-        yield Fault(f"training.{key}", value, rule, "Write a smaller number, or leave it out.")
+    epochs, rest = divmod(steps, steps_an_epoch)
+    end = epochs + min(rest * accumulation, batches) / batches if strategy == "epoch" else steps
+    if delay > end:
+        unit = "epoch" if strategy == "epoch" else "step"
+        rule = f"Training ends with {unit} {end:g}, before anything was evaluated: nothing is best then."
+        yield Fault("training.eval_delay", delay, rule, "Write a smaller number, or leave it out.")
 
 
 def is_out_of_patience(history: Sequence[Mapping[str, Any]], metric: str, greater: bool, patience: int) -> bool:

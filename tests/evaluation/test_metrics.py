@@ -77,7 +77,7 @@ def test_own_function(tmp_path):
         ("{folder}/mine.py:endless", "returns inf"),
         ("{folder}/mine.py:of_nothing", "Given the answer '' and .*ZeroDivisionError"),
         ("{folder}/mine.py:in_common", "Given the answer 'an answer' and the reference 'other words', it returns nan"),
-        ("{folder}/mine.py:wanted", "and the reference '', it ends with IndexError"),
+        ("{folder}/mine.py:said", "Given the answer '' and the reference 'an answer', it ends with IndexError"),
         ("{folder}/leaves.py:score", "ends with SystemExit: bye"),
     ],
 )
@@ -89,7 +89,7 @@ def test_wrong_metrics_are_refused(tmp_path, name, message):
         "def endless(a, r):\n    return float('inf')\n"
         "def of_nothing(a, r):\n    return len(set(a) & set(r)) / len(a)\n"
         "def in_common(a, r):\n    return 1.0 if set(a.split()) & set(r.split()) or not a or not r else float('nan')\n"
-        "def wanted(a, r):\n    return float(r.split()[0] in a)\n"
+        "def said(a, r):\n    return float(a.split()[0] in r)\n"
     )
     (tmp_path / "leaves.py").write_text("import sys\ndef score(a, r):\n    return 1.0\nsys.exit('bye')\n")
     with pytest.raises(UserError, match=message):

@@ -11,6 +11,7 @@ import pytest
 from lora_ft.evaluation.charts import HEIGHT, WIDTH, draw_losses, nice_ticks
 from lora_ft.evaluation.curves import Curves, Point
 from lora_ft.evaluation.page import write_page
+from lora_ft.evaluation.report import write_report
 from lora_ft.evaluation.samples import mark_differences
 from tests.evaluation.conftest import make_figure
 
@@ -124,3 +125,12 @@ def test_browser_loads_the_page_without_a_complaint(make_run, tmp_path, state):
     assert done.returncode == 0
     assert "CONSOLE" not in done.stderr, done.stderr
     assert ("Good fit" if state == "finished" else "Training") in done.stdout
+
+
+def test_a_report_is_json_whatever_diverged(tmp_path, make_evidence):
+    def refuse(word):
+        raise AssertionError(word)
+
+    write_report(make_evidence(train=[3.0, float("nan"), float("inf")] * 10), tmp_path, 1.0)
+    report = json.loads((tmp_path / "report" / "report.json").read_text(), parse_constant=refuse)
+    assert [point["loss"] for point in report["curves"]["train"]][:3] == [3.0, None, None]

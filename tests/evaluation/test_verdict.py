@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lora_ft.evaluation.classify import Classification, Constant
-from lora_ft.evaluation.curves import read_log, trace_curves
+from lora_ft.evaluation.curves import Point, read_log, trace_curves
 from lora_ft.evaluation.verdict import judge_run
 from tests.evaluation.conftest import make_figure
 
@@ -159,8 +159,9 @@ def make_constant(loss, accuracy):
     [
         (0.9, 0.6, "good fit"),
         (0.9, 0.82, "good fit"),
-        (0.55, 0.6, "no better than a constant answer"),
-        (0.4, 0.6, "no better than a constant answer"),
+        (0.55, 0.6, "good fit"),
+        (0.55, 0.79, "not enough data"),
+        (0.45, 0.79, "no better than a constant answer"),
         (0.9, 0.9, "no better than a constant answer"),
     ],
 )
@@ -171,7 +172,10 @@ def test_a_classifier_is_held_against_a_constant_answer(make_evidence, loss, acc
     compared = Classification(evidence.compared.figures, 100, labels=("often", "seldom"), constant=constant)
     verdict = judge_run(replace(evidence, compared=compared))
     assert verdict.name == name
-    assert f'Always "often" would be right on {accuracy:.1%}' in verdict.findings[0].because
+    said = (
+        "Against a constant answer" if name == "not enough data" else f'Always "often" would be right on {accuracy:.1%}'
+    )
+    assert said in verdict.findings[0].because
 
 
 def test_curves_of_a_resumed_run_count_the_later_line(tmp_path):
@@ -184,8 +188,30 @@ def test_curves_of_a_resumed_run_count_the_later_line(tmp_path):
 
 def test_without_test_rows_nothing_is_claimed(make_evidence):
     evidence = make_evidence()
-    verdict = judge_run(replace(evidence, compared=replace(evidence.compared, figures={})))
-    assert verdict.name == "not measured"
+    nothing = replace(evidence.compared, figures={}, num_supervised_tokens=0)
+    verdict = judge_run(replace(evidence, compared=nothing))
+    assert verdict.name == "not measured" and "There is no test row" in verdict.findings[0].because
+
+
+def test_figures_that_are_no_numbers_are_not_called_absent_rows(make_evidence):
+    evidence = make_evidence()
+    lost = replace(evidence.compared, figures={}, notes=("loss is left out: it is no finite number.",))
+    verdict = judge_run(replace(evidence, compared=lost))
+    assert verdict.name == "not measured" and "loss is left out" in verdict.findings[0].because
+
+
+def test_validation_far_apart_does_not_say_what_the_last_steps_did(make_evidence):
+    """After one and after two epochs; the training loss had long been flat."""
+    assert judge_run(make_evidence(validation=(1.1, 1.0))).name == "good fit"
+
+
+def test_a_run_that_only_made_it_worse_is_told_to_learn_slower(make_evidence):
+    evidence = make_evidence(kept_step=50)
+    watched = (Point(0, 0.0, 1.0), Point(50, 1.0, 3.0))
+    verdict = judge_run(replace(evidence, curves=replace(evidence.curves, validation=watched)))
+    assert verdict.name == "overfit" and verdict.findings[0].advice.startswith(
+        "Every step made it worse: lower training.learning_rate"
+    )
 
 
 def test_a_course_too_short_to_be_judged_is_no_good_fit(make_evidence):

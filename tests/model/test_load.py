@@ -26,6 +26,15 @@ def section(folder, dtype="float32") -> ModelSection:
     return ModelSection(base=str(folder), dtype=dtype, attn_implementation="sdpa")
 
 
+def test_layers_are_left_alone_by_patterns_and_heads_anyway(gentle_base):
+    from bitsandbytes.nn import Linear4bit
+
+    chosen = section(gentle_base)
+    model = load_base(find_base(chosen.base), chosen, {**NF4, "llm_int8_skip_modules": ["score", "model.layers.0.*"]})
+    kept = [any(isinstance(module, Linear4bit) for module in layer.modules()) for layer in model.model.layers]
+    assert kept == [False, True]
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [

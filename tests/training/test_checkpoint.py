@@ -99,6 +99,6 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path, limit, best, left):
     """Failure mode 38; times of files, which a copy changes, do not matter."""
     for step in (20, 5, 15, 10):
         save(tmp_path, step)
-    rotate_checkpoints(tmp_path, limit, best)
+    rotate_checkpoints(tmp_path, limit, list_checkpoints(tmp_path)[0], best)
     assert [path.name for path in list_checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in left]
     assert not list(tmp_path.glob(".checkpoint*"))

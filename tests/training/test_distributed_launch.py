@@ -131,9 +131,10 @@ def test_deepspeed_file_is_read(tmp_path):
     file.write_text("{}")
     with pytest.raises(UserError, match="It has no zero_optimization"):
         read_launch(environ)
-    nothing = {"zero_optimization": {"stage": 2, "offload_optimizer": None, "offload_param": None}, "bf16": None}
-    file.write_text(json.dumps(nothing))
-    assert read_launch(environ).deepspeed == DeepSpeedSettings(2, False, {"gradient_accumulation_steps": 1})
+    for value in (None, "auto", True):
+        zero = {"stage": 2, "offload_optimizer": value, "offload_param": value}
+        file.write_text(json.dumps({"zero_optimization": zero, "bf16": value}))
+        assert read_launch(environ).deepspeed == DeepSpeedSettings(2, False, {"gradient_accumulation_steps": 1})
     for text in (None, "[]", "[1]", "7", "{"):
         file.unlink() if text is None else file.write_text(text)
         with pytest.raises(UserError, match=r"cannot be read as a JSON object|It has no zero_optimization"):

@@ -75,7 +75,7 @@ def test_a_damaged_checkpoint_takes_no_place_from_what_is_saved_after_it(recipe)
     (recipe.output_dir / "checkpoint-12" / "adapter_model.safetensors").write_bytes(b"")
     assert begin(recipe).resume_from == recipe.output_dir / "checkpoint-8"
     saved = save_checkpoint(recipe, 10)
-    rotate_checkpoints(recipe.output_dir, 2, best_steps=[8])
+    rotate_checkpoints(recipe.output_dir, 2, saved, best_steps=[8])
     assert saved.is_dir() and {path.name for path in recipe.output_dir.glob("checkpoint-*")} == {
         "checkpoint-8",
         "checkpoint-10",

@@ -55,7 +55,10 @@ def test_patience(values, over):
     ("settings", "place"),
     [
         ({"eval_strategy": "steps", "eval_steps": 2, "eval_delay": 100}, "training.eval_delay: 100"),
-        ({"eval_strategy": "steps", "eval_steps": 500}, "training.eval_steps: 500"),
+        ({"eval_strategy": "steps", "eval_steps": 500}, None),
+        ({"eval_strategy": "steps", "eval_steps": 500, "eval_delay": 6}, None),
+        ({"eval_strategy": "epoch", "eval_delay": 0.6, "num_train_epochs": 0.5}, None),
+        ({"eval_strategy": "epoch", "eval_delay": 0.7, "num_train_epochs": 0.5}, "training.eval_delay: 0.7"),
         ({"eval_strategy": "epoch", "eval_delay": 4}, "training.eval_delay: 4"),
         ({"eval_strategy": "steps", "eval_steps": 6}, None),
         ({"eval_strategy": "steps", "eval_steps": 0.5}, None),
@@ -64,7 +67,10 @@ def test_patience(values, over):
     ],
 )
 def test_a_best_checkpoint_needs_an_evaluation_before_the_end(tmp_path, settings, place):
-    """Ten rows in batches of four, two of them a step, three times: six steps."""
+    """Ten rows in batches of four, two of them a step, three times: six steps, the last of which is evaluated anyway.
+
+    Half an epoch is one step of two batches, and so two thirds of one.
+    """
     from lora_ft.training.trainer import build_arguments
 
     batches = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_train_epochs": 3}
