@@ -95,10 +95,13 @@ def print_classes(evaluation: dict[str, Any], console: Console) -> None:
         share = constant["accuracy"]["base"]["value"]
         console.print(f"always “{escape(constant['label'])}” would be right on {share:.1%} of the test rows")
     labels, confusion = [escape(label) for label in evaluation["labels"]], evaluation["confusion"]
-    if len(labels) > MOST_CLASSES:
-        print_confusions(labels, confusion, console)
-    if len(labels) > MOST_CLASSES or not confusion:
-        return
+    if confusion:
+        print_table = print_confusion if len(labels) <= MOST_CLASSES else print_confusions
+        print_table(labels, confusion, console)
+
+
+def print_confusion(labels: Sequence[str], confusion: Sequence[Sequence[int]], console: Console) -> None:
+    """Each class against each."""
     table = Table(title="test split: rows of a class (down) by the class chosen (across)", title_justify="left")
     for name in ("", *labels):
         table.add_column(name, justify="right" if name else "left")

@@ -14,7 +14,7 @@ import numpy as np
 from lora_ft.data.collate import Collator
 from lora_ft.data.splits import Splits
 from lora_ft.evaluation.bootstrap import ratio
-from lora_ft.evaluation.compare import Comparison, Figure, Prediction, batches, compare_sums, evaluating
+from lora_ft.evaluation.compare import Comparison, Figure, Prediction, batches, compare_sums, evaluating, keep_finite
 from lora_ft.sections import Recipe
 from lora_ft.training.labelled import score_labels
 
@@ -76,11 +76,13 @@ def compare_classes(
     with evaluating(model, adapter_on=False):
         base = classify_rows(model, tokenizer, splits.test, batch_size)
     scores = (score_classes(base, wanted["test"]), score_classes(tuned["test"], wanted["test"]))
-    figures = {
-        "loss": compare_sums(scores, (0, 2), ratio, "nats", "lower"),
-        "accuracy": compare_sums(scores, (1, 2), ratio, "share", "higher"),
-        "f1": compare_sums(scores, range(3, scores[0].shape[1]), mean_f1, "share", "higher"),
-    }
+    figures, notes = keep_finite(
+        {
+            "loss": compare_sums(scores, (0, 2), ratio, "nats", "lower"),
+            "accuracy": compare_sums(scores, (1, 2), ratio, "share", "higher"),
+            "f1": compare_sums(scores, range(3, scores[0].shape[1]), mean_f1, "share", "higher"),
+        }
+    )
     chosen = tuned["test"].argmax(-1)
     confusion = np.zeros((len(labels), len(labels)), dtype=int)
     np.add.at(confusion, (wanted["test"], chosen.numpy()), 1)
@@ -90,13 +92,12 @@ def compare_classes(
             splits.examples("test"), base.argmax(-1).tolist(), chosen.tolist(), strict=True
         )
     )
-    measured = {name: figure for name, figure in figures.items() if figure.is_finite}
     constant = compare_constant(wanted["train"], wanted["test"], scores[1], labels)
     return Classification(
-        measured,
+        figures,
         len(chosen),
         tuple(predictions),
-        notes=tuple(f"{name} is left out: it is no finite number." for name in figures if name not in measured),
+        notes=notes,
         labels=tuple(labels),
         splits=right,
         confusion=tuple(map(tuple, confusion.tolist())),

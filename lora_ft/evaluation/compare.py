@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, groupby, islice
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -178,16 +178,20 @@ def sum_up(
 
     Those that are no finite numbers are left out, with a note.
     """
-    own, notes = score_answers(predictions, section.metrics)
-    figures = compare_tokens(scores) | own
-    measured = {name: figure for name, figure in figures.items() if figure.is_finite}
-    unmeasured = [name for name in figures if name not in measured]
-    if general is not None and not general.is_finite:
-        general, unmeasured = None, [*unmeasured, "loss on general text"]
-    notes += [f"{name} is left out: it is no finite number." for name in unmeasured]
+    own, failures = score_answers(predictions, section.metrics)
+    figures, notes = keep_finite(compare_tokens(scores) | own)
+    forgotten, more = keep_finite({"loss on general text": general} if general else {})
     generation = count_cuts(predictions, section.max_new_tokens) if predictions else None
     cuts = generation.describe() if generation else ()
-    return Comparison(measured, int(scores[0][:, 2].sum()), predictions, general, generation, (*cuts, *notes))
+    notes = (*cuts, *failures, *notes, *more)
+    general = next(iter(forgotten.values()), None)
+    return Comparison(figures, int(scores[0][:, 2].sum()), predictions, general, generation, notes)
+
+
+def keep_finite(figures: Mapping[str, Figure]) -> tuple[dict[str, Figure], tuple[str, ...]]:
+    """The figures that are finite numbers, and a note for each that is left out."""
+    finite = {name: figure for name, figure in figures.items() if figure.is_finite}
+    return finite, tuple(f"{name} is left out: it is no finite number." for name in figures if name not in finite)
 
 
 def count_cuts(predictions: Sequence[Prediction], max_new_tokens: int) -> Generation:

@@ -177,9 +177,9 @@ def _find_no_better_than_constant(evidence: Evidence) -> Iterator[Finding]:
     if constant is None:
         return
     loss, accuracy = constant.loss, constant.accuracy
-    is_worse = accuracy.difference.high < 0
-    is_unclear = _gain(loss).value > 0 or accuracy.difference.low > 0
-    if not is_worse and is_unclear:
+    is_surely_worse = accuracy.difference.high < 0
+    may_be_better = _gain(loss).value > 0 or accuracy.difference.low > 0
+    if may_be_better and not is_surely_worse:
         return
     because = (
         f"{_describe_constant(constant)} The tuned model is right on {accuracy.tuned.value:.1%} (difference between"
@@ -208,14 +208,15 @@ def _find_too_little(evidence: Evidence) -> Iterator[Finding]:
     if constant is not None and constant.accuracy.difference.low <= 0:
         against["Against a constant answer: "] = constant.loss
     unclear = [(name, each) for name, each in against.items() if each and _gain(each).value > 0 >= _gain(each).low]
-    for name, each in unclear[:1]:
+    if unclear:
+        name, each = unclear[0]
         gain = _gain(each)
         needed = round(each.num_rows * ((gain.value - gain.low) / gain.value) ** 2)
         because = (
             f"{name}{_describe_difference(each)} on {each.num_rows} test rows: it may be an accident of these rows."
         )
         yield Finding("not enough data", because, f"About {needed} test rows would tell a difference of this size.")
-    if not unclear and (rows < FEW_ROWS or (figure is not None and figure.num_rows < FEW_TEST_ROWS)):
+    elif rows < FEW_ROWS or (figure is not None and figure.num_rows < FEW_TEST_ROWS):
         because = f"There are {rows} training rows, and {figure.num_rows if figure else 0} test rows."
         advice = (
             f"Collect more: below some {FEW_ROWS} training rows a model learns sentences, not a task, and below some"

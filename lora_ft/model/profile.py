@@ -173,8 +173,10 @@ def _attach_on_meta(model: Any, lora: dict[str, Any], task: Task) -> Any:
     """The model with the adapter, all in the type the model computes in, as autocast has it."""
     from peft import LoraConfig, get_peft_model
 
-    fields = {key: value for key, value in library_part(lora).items() if key != "init_lora_weights"}
-    raise_faults(find_impossible(model, fields))
+    asked = library_part(lora)
+    known = {key: value for key, value in asked.items() if value != "loftq"}  # it wants a base that was quantised
+    raise_faults(find_impossible(model, known))
+    fields = {key: value for key, value in asked.items() if key != "init_lora_weights"}
     config = check_buildable("lora", LoraConfig, {**fields, "task_type": TASK_TYPES[task]}, "recipe")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what PEFT has to say, it says of the model that is trained

@@ -215,18 +215,20 @@ def _read_deepspeed_file(file: Path) -> DeepSpeedSettings:
     if not isinstance(zero, dict):
         raise UserError(place, str(file), "It has no zero_optimization.", 'Add "zero_optimization": {"stage": 2}.')
     settings.setdefault("gradient_accumulation_steps", 1)  # as accelerate's DeepSpeedPlugin does
-    blocks = {name: found for name in ("bf16", "fp16") if isinstance(found := settings.get(name), dict)}
-    offloads = {
-        name: found for name in ("optimizer", "param") if isinstance(found := zero.get(f"offload_{name}"), dict)
-    }
-    flat = {**settings, **{f"{name}.enabled": block.get("enabled") for name, block in blocks.items()}}
+    flat = {**settings, **{f"{name}.enabled": _block(settings, name).get("enabled") for name in ("bf16", "fp16")}}
     return DeepSpeedSettings(
         stage=zero.get("stage", 0),
-        offloads_optimizer=offloads.get("optimizer", {}).get("device", "none") != "none",
-        offloads_parameters=offloads.get("param", {}).get("device", "none") != "none",
+        offloads_optimizer=_block(zero, "offload_optimizer").get("device", "none") != "none",
+        offloads_parameters=_block(zero, "offload_param").get("device", "none") != "none",
         fixed={key: flat[key] for key in DEEPSPEED_TWINS if flat.get(key) not in (None, "auto")},
         replaced=tuple(name for name in REPLACED if settings.get(name)),
     )
+
+
+def _block(settings: dict[str, Any], name: str) -> dict[str, Any]:
+    """The settings of that name; none where it is absent, null or a single word."""
+    found = settings.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def _read_fsdp(environ: Mapping[str, str]) -> FsdpSettings:

@@ -49,7 +49,7 @@ def check_reach(arguments: TrainingArguments, num_rows: int) -> Iterator[Fault]:
 
     The last step is evaluated in any case. Steps and epochs are counted as transformers does, by batches.
     """
-    strategy, delay = str(getattr(arguments.eval_strategy, "value", arguments.eval_strategy)), arguments.eval_delay or 0
+    strategy, delay = arguments.eval_strategy, arguments.eval_delay or 0
     if not arguments.load_best_model_at_end or strategy == "no":
         return
     batches = num_rows / (arguments.per_device_train_batch_size * arguments.world_size)

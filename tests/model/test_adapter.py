@@ -6,6 +6,7 @@ import torch
 from lora_ft.errors import UserError
 from lora_ft.model.adapter import attach_adapter, count_trainable, load_weights
 from lora_ft.model.load import find_base, load_base
+from lora_ft.model.profile import profile_model
 from lora_ft.sections import ModelSection
 from tests.conftest import make_base
 
@@ -311,3 +312,20 @@ def test_adapter_folder_without_safetensors(tiny_base, tmp_path):
     (tmp_path / "adapter_model.bin").write_bytes(b"\x80\x04")
     with pytest.raises(UserError, match="pickled adapters can run code"):
         attach_adapter(fresh_base(tiny_base), None, adapter=str(tmp_path))
+
+
+@pytest.mark.filterwarnings("ignore:`corda_config` specified")
+def test_settings_of_a_start_are_known_before_a_weight_is_read():
+    """The plan's model has no weights to start from, but is told by what start it would be."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=64
+    )
+    lora = {"r": 2, "target_modules": "all-linear"}
+    for start in ("loftq", "pissa"):
+        profile_model(config, "float32", {**lora, "init_lora_weights": start})
+    profile_model(config, "float32", {**lora, "init_lora_weights": "corda", "corda_config": {"verbose": True}})
+    for setting in ({"corda_config": {"verbose": True}}, {"init_lora_weights": "eva"}):
+        with pytest.raises(UserError, match=r"lora\.(corda_config|init_lora_weights)"):
+            profile_model(config, "float32", {**lora, **setting})
