@@ -18,6 +18,7 @@ from lora_ft.model.machine import (
     MemoryTraits,
     can_keep_unpacked,
     choose_mapped_bytes,
+    count_logits_bytes,
     memory_traits,
     prefers_matmul_attention,
 )
@@ -175,7 +176,7 @@ def _passing(profile: ModelProfile, work: Workload, hardware: Hardware, traits: 
     wide = int(traits.wide_tensors * number * (profile.hidden_size + profile.widest) * tokens)
     yield Cause("gradients on their way", wide, "tensors as wide as a layer that its backward pass makes and drops")
     states = 2 * tokens * profile.hidden_size * number
-    logits = min(traits.logits_bytes, 4 * tokens * profile.vocab_size)
+    logits = count_logits_bytes(hardware.kind, tokens, profile.vocab_size, number)
     yield Cause("loss", logits + states, "a chunk of logits, states and their gradients")
     if _bits_per_weight(work.quantization, number) < 8:
         yield Cause("one matrix, unpacked", profile.largest_matrix * number, "from 4 bit, for one product")

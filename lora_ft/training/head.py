@@ -15,13 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_ft.model.machine import has_triton_loss
-
-LOGITS_BYTES = 24 * 2**20
-"""Logits held at once; more of them make the matrix products no faster."""
-
-MIN_ROWS = 64
-"""Fewest tokens of a chunk, whatever the vocabulary: below, the head's weights are read more than they are used."""
+from lora_ft.model.machine import choose_head_columns, count_logits_rows, has_triton_loss
 
 BLOCK_BYTES = 2 * 2**20
 """Logits in float32 at once: few enough to stay in a CPU's cache while six operations go over them."""
@@ -111,7 +105,7 @@ def _score_in_chunks(
     def score_chunk(hidden: Tensor, targets: Tensor) -> Scores:
         return score_logits(transform.apply(head(hidden).float()), targets, with_entropy)
 
-    rows = _chunk_rows(transform.num_logits, bytes_per_logit=4)
+    rows = count_logits_rows(len(targets), transform.num_logits)
     chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
     scored = [checkpoint(score_chunk, *chunk, use_reentrant=False) for chunk in chunks]
     loss, is_top1, entropy = zip(*scored, strict=True)
@@ -130,10 +124,6 @@ def _score_with_triton(
         hidden, head.weight, head.bias, targets, temperature, tile_columns, transform.softcap, transform.scale, wanted
     )
     return Scores(-log_probs, is_top1.bool(), entropy.detach() if with_entropy else None)
-
-
-def _chunk_rows(vocabulary: int, bytes_per_logit: int) -> int:
-    return max(MIN_ROWS, LOGITS_BYTES // (vocabulary * bytes_per_logit))
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -159,12 +149,14 @@ class _FrozenHead(torch.autograd.Function):
         entropy = torch.empty_like(loss) if with_entropy else None
         is_top1 = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
         gradient = torch.empty_like(states) if ctx.needs_input_grad[0] else None
-        rows = _chunk_rows(weight.shape[0], weight.element_size())
-        buffer = torch.empty(min(rows, len(hidden)), weight.shape[0], dtype=dtype, device=hidden.device)
+        rows = count_logits_rows(len(hidden), weight.shape[0])
+        columns = choose_head_columns(hidden.device.type, dtype) or weight.shape[0]
+        buffer = torch.empty(rows, weight.shape[0], dtype=dtype, device=hidden.device)
         for start in range(0, len(hidden), rows):
             chunk = slice(start, start + rows)
             logits = buffer[: len(states[chunk])]
-            torch.mm(states[chunk], weight.t(), out=logits)
+            for block, part in zip(weight.split(columns), logits.split(columns, dim=1), strict=True):
+                torch.mm(states[chunk], block.t(), out=part)
             if bias is not None:
                 logits += bias
             parts = loss[chunk], is_top1[chunk], None if entropy is None else entropy[chunk]

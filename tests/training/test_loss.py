@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_ft.data.collate import Collator
 from lora_ft.errors import UserError
+from lora_ft.model import machine
 from lora_ft.model.adapter import attach_adapter
 from lora_ft.model.load import find_base, load_base, load_tokenizer
 from lora_ft.sections import ModelSection
@@ -150,16 +151,18 @@ def test_autocast_of_a_float32_base_computes_in_bfloat16():
 
 
 def test_chunks_and_blocks_change_nothing(monkeypatch):
-    for name in ("LOGITS_BYTES", "BLOCK_BYTES"):
-        monkeypatch.setattr(head, name, 1)
-    monkeypatch.setattr(head, "MIN_ROWS", 2)
+    monkeypatch.setattr(head, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(machine, "NUM_LOGITS", 1)
+    monkeypatch.setattr(machine, "FEWEST_LOGITS_ROWS", 2)
+    monkeypatch.setattr(head, "choose_head_columns", lambda *_: 3)
     compare(with_adapter(build_model("gemma2")), make_batch(), tolerance=1e-5)
     compare(with_adapter(build_model(), target_modules=["lm_head"]), make_batch(), tolerance=1e-5)
 
 
 def test_logits_are_never_whole(monkeypatch):
     """Failure mode 23: the largest tensor made while scoring 256 tokens is one chunk of 64."""
-    monkeypatch.setattr(head, "LOGITS_BYTES", 1)
+    monkeypatch.setattr(machine, "NUM_LOGITS", 1)
+    monkeypatch.setattr(machine, "FEWEST_LOGITS_ROWS", 64)
     model = with_adapter(build_model(vocab_size=5000))
     ids = torch.arange(3, 260)[None]
     sizes = []
