@@ -33,7 +33,8 @@ from lora_ft.model.load import find_base, find_config, load_base, load_tokenizer
 from lora_ft.model.machine import Machine, choose_settings, peak_memory_bytes, probe_machine, settle_validation
 from lora_ft.model.planning import RecipePlan, plan_memory, refuse_unfit
 from lora_ft.model.stored import check_export, check_tokens
-from lora_ft.recipe import EARLY_STOPPING, LORAPLUS, load_recipe
+from lora_ft.recipe import load_recipe
+from lora_ft.recipe_rules import EARLY_STOPPING, LORAPLUS
 from lora_ft.sections import Recipe
 from lora_ft.training.distributed import (
     Launch,

@@ -17,6 +17,7 @@ FLOORS = {
     "libraries": 0,
     "recipe": 0,
     "recipe_paths": 0,
+    "recipe_rules": 0,
     "data": 1,
     "model": 2,
     "training": 3,

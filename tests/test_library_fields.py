@@ -7,7 +7,7 @@ import typing
 import pytest
 
 from lora_ft.library_fields import accepts, describe, read_fields
-from lora_ft.recipe import LogLevel
+from lora_ft.recipe_rules import LogLevel
 
 
 def test_fields_agree_with_the_imported_classes():

@@ -11,7 +11,8 @@ from lora_ft.builtin import locate_model
 from lora_ft.errors import UserError
 from lora_ft.model.memory import Hardware
 from lora_ft.model.planning import describe_work, plan_memory, profile_recipe
-from lora_ft.recipe import OWNED_ELSEWHERE, check_buildable, dump_recipe, load_recipe
+from lora_ft.recipe import check_buildable, dump_recipe, load_recipe
+from lora_ft.recipe_rules import OWNED_ELSEWHERE
 from lora_ft.yaml_lines import parse_scalar, read_yaml
 
 GOOD = """\

@@ -8,7 +8,8 @@ import pytest
 
 from lora_ft.builtin import describe_recipe, list_recipes
 from lora_ft.library_fields import LIBRARY_CLASSES, find_class
-from lora_ft.recipe import LORAPLUS, load_recipe
+from lora_ft.recipe import load_recipe
+from lora_ft.recipe_rules import LORAPLUS
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 ARCHITECTURES = {

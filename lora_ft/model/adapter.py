@@ -14,7 +14,8 @@ from lora_ft.errors import UserError, raise_faults
 from lora_ft.fingerprint import read_json
 from lora_ft.model.adapter_faults import find_idle, find_impossible, is_quantised, rewrites_base
 from lora_ft.model.load import CLASSIFIER_HEADS, FLOATING_HEADS
-from lora_ft.recipe import check_buildable, library_part
+from lora_ft.recipe import check_buildable
+from lora_ft.recipe_rules import library_part
 from lora_ft.sections import Task
 
 if TYPE_CHECKING:

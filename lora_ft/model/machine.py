@@ -19,7 +19,7 @@ from functools import cache
 from typing import Any
 
 from lora_ft.errors import Fault, UserError, raise_faults
-from lora_ft.recipe import EARLY_STOPPING
+from lora_ft.recipe_rules import EARLY_STOPPING
 from lora_ft.sections import Choice, Recipe, Task
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3

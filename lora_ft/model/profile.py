@@ -20,7 +20,8 @@ from lora_ft.errors import raise_faults
 from lora_ft.model.adapter import TASK_TYPES, call_peft
 from lora_ft.model.adapter_faults import find_idle, find_impossible
 from lora_ft.model.load import AUTO_CLASSES, CLASSIFIER_HEADS
-from lora_ft.recipe import check_buildable, library_part
+from lora_ft.recipe import check_buildable
+from lora_ft.recipe_rules import library_part
 from lora_ft.sections import Task
 
 PROBES = (64, 128)

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainingArguments
 
 from lora_ft.data.render import IGNORE_INDEX
-from lora_ft.recipe import check_buildable, library_part
+from lora_ft.recipe import check_buildable
+from lora_ft.recipe_rules import library_part
 from lora_ft.training.assemble import assemble_trainer
 from lora_ft.training.lasting import LastingTrainer
 from lora_ft.training.lora_linear import fused_lora

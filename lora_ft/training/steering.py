@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lora_ft.errors import Fault
-from lora_ft.recipe import EARLY_STOPPING
+from lora_ft.recipe_rules import EARLY_STOPPING
 from lora_ft.sections import Recipe, Task
 
 if TYPE_CHECKING:

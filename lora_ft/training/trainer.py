@@ -17,7 +17,8 @@ from trl import SFTConfig, SFTTrainer
 
 from lora_ft.data.collate import Collator
 from lora_ft.errors import Fault, UserError, raise_faults
-from lora_ft.recipe import check_buildable, library_part
+from lora_ft.recipe import check_buildable
+from lora_ft.recipe_rules import library_part
 from lora_ft.training.assemble import assemble_trainer
 from lora_ft.training.attention import document_attention, keeps_documents_apart
 from lora_ft.training.lasting import LastingTrainer
