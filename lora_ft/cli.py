@@ -209,7 +209,7 @@ def check_command(options: argparse.Namespace) -> None:
 
     from lora_ft.data.audit_table import print_audit
     from lora_ft.model.machine import probe_machine
-    from lora_ft.run import check_recipe, settle_recipe
+    from lora_ft.settle import check_recipe, settle_recipe
     from lora_ft.summary import print_plan
     from lora_ft.training.distributed import read_launch
 
@@ -237,7 +237,7 @@ def plan_command(options: argparse.Namespace) -> int:
 
     from lora_ft.model.machine import imagine_gpu, probe_machine
     from lora_ft.model.planning import parse_memory
-    from lora_ft.run import plan_recipe, settle_recipe
+    from lora_ft.settle import plan_recipe, settle_recipe
     from lora_ft.summary import print_plan
     from lora_ft.training.distributed import Launch
     from lora_ft.training.launch_file import read_launch_file
@@ -259,7 +259,7 @@ def plan_command(options: argparse.Namespace) -> int:
 def preview_command(options: argparse.Namespace) -> None:
     from lora_ft.data.preview import preview_rows, print_preview, write_preview
     from lora_ft.recipe import load_recipe
-    from lora_ft.run import find_tokenizer
+    from lora_ft.settle import find_tokenizer
 
     recipe = load_recipe(options.recipe, options.overrides)
     rows = preview_rows(recipe.data, find_tokenizer(recipe), options.rows)
@@ -276,7 +276,7 @@ def preview_command(options: argparse.Namespace) -> None:
 def prepare_command(options: argparse.Namespace) -> None:
     from lora_ft.data.prepare import build_splits
     from lora_ft.recipe import load_recipe
-    from lora_ft.run import find_tokenizer
+    from lora_ft.settle import find_tokenizer
 
     recipe = load_recipe(options.recipe, options.overrides)
     splits = build_splits(recipe.data, find_tokenizer(recipe))
@@ -288,7 +288,7 @@ def prepare_command(options: argparse.Namespace) -> None:
 
 
 def evaluate_command(options: argparse.Namespace) -> None:
-    from lora_ft.run import evaluate_run
+    from lora_ft.evaluate import evaluate_run
 
     figures = evaluate_run(options.run)
     if options.json:

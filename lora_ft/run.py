@@ -4,79 +4,47 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import json
-import os
 import platform
-import subprocess
 import sys
-import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_ft.data.audit import AuditReport, audit_splits
-from lora_ft.data.check import check_section
-from lora_ft.data.prepare import build_splits, check_data
+from lora_ft.data.prepare import build_splits
 from lora_ft.data.render import IGNORE_INDEX
 from lora_ft.data.splits import Splits
-from lora_ft.errors import RunFailed, UserError, raise_faults
-from lora_ft.evaluation.curves import read_log, trace_curves
+from lora_ft.errors import RunFailed
+from lora_ft.evaluate import evaluate_in_new_process, evaluate_model
 from lora_ft.evaluation.general import prepare_general
-from lora_ft.evaluation.metrics import check_metrics
-from lora_ft.export.adapter import unfinished_run
 from lora_ft.export.base import refuse_other_base
 from lora_ft.export.fresh import process_ahead
 from lora_ft.fingerprint import BaseIdentity, hash_tensors
 from lora_ft.libraries import load_libraries, quiet_libraries
 from lora_ft.model.adapter import TASK_TYPES, TENSORS_NAME, attach_adapter, count_trainable, load_weights
-from lora_ft.model.load import find_base, find_config, load_base, load_tokenizer
-from lora_ft.model.machine import Machine, choose_settings, peak_memory_bytes, probe_machine, settle_validation
-from lora_ft.model.planning import RecipePlan, plan_memory, refuse_unfit
-from lora_ft.model.stored import check_export, check_tokens
-from lora_ft.recipe import load_recipe
+from lora_ft.model.load import find_base, load_tokenizer
+from lora_ft.model.machine import peak_memory_bytes, probe_machine
 from lora_ft.recipe_rules import EARLY_STOPPING, LORAPLUS
 from lora_ft.sections import Recipe
-from lora_ft.training.distributed import (
-    Launch,
-    check_launch,
-    describe_hardware,
-    end_sharding,
-    read_launch,
-    settle_launch,
-)
-from lora_ft.training.identity import find_changes
+from lora_ft.settle import build_arguments, fit_recipe, settle_recipe
+from lora_ft.training.distributed import Launch, end_sharding, read_launch
 from lora_ft.training.run_folder import (
-    MANIFEST,
     RunFolder,
     check_run_folder,
     check_space,
     claim_run_folder,
-    read_manifest,
     refuse_unwritable,
     write_manifest,
 )
-from lora_ft.training.steering import check_reach, check_steering
-from lora_ft.training.trackers import check_trackers
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from lora_ft.training.trainer import LoraTrainer
 
 NUM_SAMPLES, SAMPLE_TOKENS = 4, 64
 """Prompts whose logits are recorded with the adapter, and the length of those that go on, for a later reload to be held
 against."""
-
-LAUNCHER_VARIABLES = {
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "LOCAL_WORLD_SIZE",
-    "MASTER_ADDR",
-    "MASTER_PORT",
-    "GROUP_RANK",
-}
 
 LIBRARIES = ("lora-ft", "torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes")
 
@@ -179,74 +147,6 @@ def tell_resume(run: RunFolder) -> None:
         print(f"  {note}", file=sys.stderr)
 
 
-def settle_recipe(recipe: Recipe, machine: Machine, launch: Launch) -> Recipe:
-    """The recipe with all open settings chosen for this machine and launch; what cannot work is refused here."""
-    if recipe.model.trust_remote_code:
-        print(f"model.trust_remote_code: Python code beside {recipe.model.base} may run here", file=sys.stderr)
-    if machine.device == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where it is installed, prints a warning
-    check_metrics(recipe.evaluation.metrics)
-    check_section(recipe.data)
-    recipe = settle_launch(choose_settings(recipe, machine), launch)
-    raise_faults(check_trackers(recipe.training))
-    check_launch(launch, recipe)
-    return recipe
-
-
-def plan_recipe(recipe: Recipe, machine: Machine, launch: Launch) -> RecipePlan:
-    """The memory plan of a settled recipe; neither weights nor data are looked at, nor fetched."""
-    quiet_libraries()
-    folder = find_config(recipe.model.base, recipe.model.revision, recipe.model.trust_remote_code)
-    load_libraries()
-    return plan_memory(recipe, folder, describe_hardware(machine, launch))
-
-
-def find_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """The tokenizer of the recipe's base, with its chat template or the recipe's; no weights are fetched."""
-    quiet_libraries()
-    folder = find_config(recipe.model.base, recipe.model.revision, recipe.model.trust_remote_code)
-    return load_tokenizer(folder, recipe.model, recipe.data.chat_template)
-
-
-def check_recipe(recipe: Recipe, machine: Machine, launch: Launch) -> tuple[RecipePlan, AuditReport]:
-    """What a settled recipe would take of the machine, and what is to be known of its data before it is trained on.
-
-    Raises:
-        UserError: a step does not fit, or the data cannot be used.
-    """
-    quiet_libraries()
-    folder = find_config(recipe.model.base, recipe.model.revision, recipe.model.trust_remote_code)
-    load_libraries("datasets")
-    tokenizer = load_tokenizer(folder, recipe.model, recipe.data.chat_template)
-    splits, audit = check_data(recipe.data, tokenizer)
-    prepare_general(recipe.evaluation, recipe.data, tokenizer)
-    planned = fit_recipe(recipe, folder, tokenizer, splits, machine, launch)
-    build_arguments(planned.recipe, len(splits.train))
-    return planned, audit
-
-
-def fit_recipe(
-    recipe: Recipe,
-    base_folder: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    splits: Splits,
-    machine: Machine,
-    launch: Launch,
-) -> RecipePlan:
-    """The settled recipe as its base, its data and the machine's memory allow it, with the plan of its largest step.
-
-    Raises:
-        UserError: it evaluates on rows that are not there, steers by what nothing measures, wants made of the adapter
-            what cannot be, has tokens that the base does not know, or a step does not fit.
-    """
-    recipe = settle_validation(recipe, len(splits.validation))
-    raise_faults([*check_steering(recipe), *check_export(recipe, base_folder)])
-    planned = plan_memory(recipe, base_folder, describe_hardware(machine, launch), splits.longest_row)
-    check_tokens(recipe, base_folder, tokenizer, splits)
-    refuse_unfit(planned)
-    return planned
-
-
 def prepare_trainer(
     recipe: Recipe,
     base: BaseIdentity,
@@ -257,7 +157,7 @@ def prepare_trainer(
     quiet: bool = False,
 ) -> LoraTrainer:
     """Base, adapter and trainer. The arguments come first: under ZeRO-3 they say how the base is read."""
-    from lora_ft.tasks import TASKS
+    from lora_ft.tasks import TASKS, read_base
 
     steps, arguments = TASKS[recipe.data.task], build_arguments(recipe, len(splits.train))
     if recipe.model.adapter is not None:
@@ -284,31 +184,6 @@ def prepare_trainer(
         guards=recipe.guards,
         name_row=lambda number: splits.examples("train")[number].place,
         quiet=quiet or bool(recipe.training.get("disable_tqdm")),
-    )
-
-
-def build_arguments(recipe: Recipe, num_rows: int) -> Any:
-    """The trainer's arguments of a settled recipe, from which a training over so many rows can start.
-
-    Raises:
-        UserError: the library refuses them, or would at the first step.
-    """
-    from lora_ft.tasks import TASKS
-    from lora_ft.training.rehearsal import refuse_unstartable
-
-    arguments = TASKS[recipe.data.task].build_arguments(recipe.training, recipe.output_dir)
-    refuse_unstartable(arguments, num_rows)
-    raise_faults(check_reach(arguments, num_rows))
-    return arguments
-
-
-def read_base(
-    recipe: Recipe, base: BaseIdentity, tokenizer: PreTrainedTokenizerBase, splits: Splits
-) -> PreTrainedModel:
-    """The base as the model of the recipe's task, with a head for the classes of the data where it is to tell them."""
-    task, labels = recipe.data.task, splits.report.labels
-    return load_base(
-        base, recipe.model, recipe.quantization, task=task, labels=labels, pad_token_id=tokenizer.pad_token_id
     )
 
 
@@ -406,71 +281,6 @@ def evaluate_trained(
     if launch.world_size > 1:
         return evaluate_in_new_process(recipe.output_dir)
     return evaluate_model(bare_model(trainer), tokenizer, splits, recipe, manifest)
-
-
-def evaluate_run(folder: Path) -> dict[str, Any]:
-    """Base against tuned for a run on disk: the same rows, settings and figures as at the end of its training.
-
-    Raises:
-        UserError: `folder` is no run, or its base or data are no longer what they were.
-    """
-    from lora_ft.evaluation.page import write_page
-
-    quiet_libraries()
-    recipe, manifest = load_recipe(folder / "recipe.yaml"), read_manifest(folder)
-    if manifest is None:
-        raise UserError(str(folder), None, f"It holds no {MANIFEST} of a run.", "Name the folder of a run.")
-    if not (folder / "adapter").is_dir():
-        raise unfinished_run(folder)
-    check_metrics(recipe.evaluation.metrics)
-    base = find_base(recipe.model.base, manifest["base"]["revision"], recipe.model.trust_remote_code)
-    load_libraries("datasets")
-    tokenizer = load_tokenizer(base.folder, recipe.model, recipe.data.chat_template)
-    splits = build_splits(recipe.data, tokenizer)
-    raise_faults(find_changes(folder, manifest, base.fingerprint, splits.fingerprint))
-    model = read_base(recipe, base, tokenizer, splits)
-    task, seed = recipe.data.task, recipe.training["seed"]  # the head of the base alone is drawn from it
-    model = attach_adapter(model, None, task=task, seed=seed, adapter=str(folder / "adapter"))
-    figures = evaluate_model(model, tokenizer, splits, replace(recipe, output_dir=folder), manifest)
-    write_page(folder)
-    return figures
-
-
-def evaluate_model(
-    model: PeftModel, tokenizer: PreTrainedTokenizerBase, splits: Splits, recipe: Recipe, manifest: dict[str, Any]
-) -> dict[str, Any]:
-    """Base against tuned on the test split, which is read here and nowhere else, and the verdict on the run.
-
-    Manifests of older runs do not say which step was kept; it is taken for the one with the lowest validation loss.
-    """
-    from lora_ft.evaluation.report import write_report
-    from lora_ft.evaluation.verdict import Evidence
-    from lora_ft.tasks import TASKS
-
-    started = time.perf_counter()
-    compared = TASKS[recipe.data.task].compare(model, tokenizer, splits, recipe)
-    if recipe.model.adapter is not None:
-        note = "The base has no adapter on it: what model.adapter had learned before is part of the difference."
-        compared = replace(compared, notes=(*compared.notes, note))
-    curves = trace_curves(read_log(recipe.output_dir))
-    audit = audit_splits(splits, recipe.data, tokenizer)
-    lowest = curves.lowest if recipe.training.get("load_best_model_at_end") else None
-    kept_step = manifest.get("kept_step", lowest.step if lowest else None)
-    evidence = Evidence(curves, compared, audit, kept_step)
-    return write_report(evidence, recipe.output_dir, time.perf_counter() - started)
-
-
-def evaluate_in_new_process(folder: Path) -> dict[str, Any]:
-    """`lora-ft evaluate` on the run, outside the launcher."""
-    environment = {
-        k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES and not k.startswith("ACCELERATE_")
-    }
-    command = [sys.executable, "-m", "lora_ft", "evaluate", str(folder), "--json"]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode != 0:
-        rule = f"The evaluation in a process of its own ended with exit code {done.returncode}."
-        raise RunFailed(str(folder), None, rule, f"The adapter is whole. Try: lora-ft evaluate {folder}")
-    return json.loads(done.stdout)
 
 
 def export_run(adapter: Path, recipe: Recipe, run: RunFolder, manifest: dict[str, Any]) -> dict[str, Any]:

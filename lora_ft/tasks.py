@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lora_ft.data.splits import Splits
 from lora_ft.evaluation.answer import compare_answers
 from lora_ft.evaluation.classify import compare_classes
 from lora_ft.evaluation.compare import Comparison, compare_models
 from lora_ft.evaluation.general import prepare_general
+from lora_ft.fingerprint import BaseIdentity
+from lora_ft.model.load import load_base
 from lora_ft.sections import Recipe, Task
 from lora_ft.training.labelled import (
     build_answer_arguments,
@@ -23,6 +25,9 @@ from lora_ft.training.labelled import (
     build_class_trainer,
 )
 from lora_ft.training.trainer import build_arguments, build_trainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -49,3 +54,13 @@ TASKS: dict[Task, TaskSteps] = {
     "classification": TaskSteps(build_class_arguments, build_class_trainer, compare_classes),
     "seq2seq": TaskSteps(build_answer_arguments, build_answer_trainer, compare_answers),
 }
+
+
+def read_base(
+    recipe: Recipe, base: BaseIdentity, tokenizer: PreTrainedTokenizerBase, splits: Splits
+) -> PreTrainedModel:
+    """The base as the model of the recipe's task, with a head for the classes of the data where it is to tell them."""
+    task, labels = recipe.data.task, splits.report.labels
+    return load_base(
+        base, recipe.model, recipe.quantization, task=task, labels=labels, pad_token_id=tokenizer.pad_token_id
+    )

@@ -127,6 +127,7 @@ def run_training(recipe: Path) -> None:
     ranks trained is evaluated here.
     """
     import lora_ft.run
+    from lora_ft.evaluate import evaluate_run
     from lora_ft.export.verify import verify_folder
     from lora_ft.recipe import load_recipe
 
@@ -134,7 +135,7 @@ def run_training(recipe: Path) -> None:
         return verify_folder(adapter, quick=True, trust_remote_code=trust_remote_code).to_json()
 
     lora_ft.run.verify_saved = verify_quickly
-    lora_ft.run.evaluate_in_new_process = lora_ft.run.evaluate_run
+    lora_ft.run.evaluate_in_new_process = evaluate_run
     lora_ft.run.run_recipe(load_recipe(recipe), quiet=True)
 
 

@@ -120,7 +120,7 @@ def test_the_best_epoch_by_accuracy_is_the_one_that_is_kept(class_recipe, tmp_pa
 
 def test_the_verdict_names_the_step_that_was_kept(class_recipe, tmp_path):
     """By accuracy, which is not always the one of the lowest loss; also when the run is evaluated again."""
-    from lora_ft.run import evaluate_run
+    from lora_ft.evaluate import evaluate_run
 
     learn = {"num_train_epochs": 3, "max_steps": -1, "eval_strategy": "epoch", "save_strategy": "epoch"}
     steering = {"metric_for_best_model": "accuracy", "greater_is_better": False, "load_best_model_at_end": True}
@@ -192,10 +192,12 @@ def test_a_stock_reload_gives_the_very_logits(class_recipe, tiny_base, tmp_path)
     """Failure mode 30: saved, read in a fresh process by PEFT alone, and asked the same."""
     import torch
 
+    from lora_ft.data.prepare import build_splits
     from lora_ft.model.load import find_base, load_tokenizer
-    from lora_ft.model.machine import probe_machine
+    from lora_ft.model.machine import probe_machine, settle_validation
     from lora_ft.recipe import load_recipe
-    from lora_ft.run import bare_model, build_splits, prepare_trainer, save_trained, settle_recipe, settle_validation
+    from lora_ft.run import bare_model, prepare_trainer, save_trained
+    from lora_ft.settle import settle_recipe
     from lora_ft.training.distributed import read_launch
 
     recipe = settle_recipe(load_recipe(class_recipe()), probe_machine(), read_launch())

@@ -24,6 +24,8 @@ FLOORS = {
     "evaluation": 4,
     "export": 5,
     "tasks": 6,
+    "settle": 6,
+    "evaluate": 6,
     "run": 6,
     "summary": 7,
     "watch": 7,

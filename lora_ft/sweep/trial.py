@@ -17,8 +17,9 @@ from lora_ft.libraries import quiet_libraries
 from lora_ft.model.load import find_base, load_tokenizer
 from lora_ft.model.machine import probe_machine, release_memory
 from lora_ft.recipe_rules import EARLY_STOPPING, library_part
-from lora_ft.run import fit_recipe, prepare_trainer, settle_recipe
+from lora_ft.run import prepare_trainer
 from lora_ft.sections import Recipe
+from lora_ft.settle import fit_recipe, settle_recipe
 from lora_ft.training.distributed import read_launch
 
 Report = Callable[[int, float], bool]
