@@ -111,6 +111,27 @@ def test_what_zero3_shards_before_it_is_trained(case, tmp_path, chat_rows):
     assert losses["two"] == pytest.approx(losses["alone"], rel=0.01)
 
 
+def test_ranks_call_a_sharded_head_equally_often(tmp_path):
+    """One rank has two chunks of logits to score, the other one; each call gathers the head from both."""
+    need_deepspeed()
+    words = {True: "the battery is red " * 40, False: "red"}
+    rows = [
+        {"messages": [{"role": "user", "content": f"what {i}?"}, {"role": "assistant", "content": words[i % 2 == 0]}]}
+        for i in range(24)
+    ]
+    base = make_base(tmp_path / "base", vocab_size=110_000)
+    path = recipe_writer(tmp_path, base, rows)(
+        data={"max_length": 400, "split": {"validation": 0, "test": 0}},
+        training={"train_sampling_strategy": "sequential", "per_device_train_batch_size": 1, "max_steps": 2},
+    )
+    together = launch("cpu_zero3", path)
+    assert together.returncode == 0, together.stderr[-4000:]
+    losses = read_losses(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+    assert main(["train", str(path), "training.per_device_train_batch_size=2"]) == 0
+    assert losses == pytest.approx(read_losses(tmp_path / "run"), rel=0.01)
+
+
 def test_fault_of_a_recipe_is_said_once_and_ends_the_launch(recipe_file, tmp_path):
     done = launch("cpu_ddp", recipe_file(lora={"r": 0}))
     assert done.returncode != 0

@@ -40,7 +40,7 @@ class Machine:
     name: str
     """As the maker calls it."""
     memory_bytes: int
-    """Memory of the device; of the machine, for a CPU."""
+    """Memory of the device; of the machine, for a CPU. Of several GPUs that ranks share, that of the smallest."""
     native_bf16: bool
     """Whether bfloat16 arithmetic is at least as fast as float32."""
     bf16_reason: str
@@ -55,9 +55,11 @@ def probe_machine() -> Machine:
     if torch.cuda.is_available():
         index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
         properties = torch.cuda.get_device_properties(index)
+        ranks = range(min(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()))
+        least = min([properties, *map(torch.cuda.get_device_properties, ranks)], key=lambda each: each.total_memory)
         native = properties.major >= 8
         reason = f"compute capability {properties.major}.{properties.minor}"
-        return Machine(f"cuda:{index}", properties.name, properties.total_memory, native, reason)
+        return Machine(f"cuda:{index}", properties.name, least.total_memory, native, reason)
     if torch.backends.mps.is_available():
         return Machine("mps", platform.processor() or "Apple GPU", _main_memory_bytes(), False, "not measured on mps")
     ratio = _measure_bf16_speedup()
@@ -143,19 +145,24 @@ def settle_validation(recipe: Recipe, num_validation_rows: int) -> Recipe:
     return replace(recipe, training={**recipe.training, "eval_strategy": "no"}, choices=(*others, choice))
 
 
+def choose_arithmetic(device: str, dtype: str) -> Iterator[tuple[str, object, str]]:
+    """How a model of this type on this device computes: fields of SFTConfig, each with a value and the reason."""
+    yield "bf16", dtype == "bfloat16", "arithmetic follows model.dtype; trained weights stay float32"
+    yield "fp16", dtype == "float16", "arithmetic follows model.dtype; trained weights stay float32"
+    if device == "cpu":
+        yield "use_cpu", True, "no GPU is visible"
+        yield "dataloader_pin_memory", False, "memory is pinned for a GPU only"
+    yield "optim", "adamw_torch_fused", "one pass over the weights instead of six"
+
+
 def _training_settings(recipe: Recipe, machine: Machine, dtype: str) -> Iterator[tuple[str, object, str]]:
     on_cpu = machine.device == "cpu"
     splits = {source.split for source in recipe.data.sources}
     has_validation = "validation" in splits or (None in splits and recipe.data.split.validation > 0)
     yield "seed", 42, "fixed, so that a run can be repeated"
-    yield "bf16", dtype == "bfloat16", "arithmetic follows model.dtype; trained weights stay float32"
-    yield "fp16", dtype == "float16", "arithmetic follows model.dtype; trained weights stay float32"
-    if on_cpu:
-        yield "use_cpu", True, "no GPU is visible"
-        yield "dataloader_pin_memory", False, "memory is pinned for a GPU only"
+    yield from choose_arithmetic(machine.device, dtype)
     reason = "on a CPU time is scarcer than memory" if on_cpu else "GPU memory is scarcer than time"
     yield "gradient_checkpointing", not on_cpu, reason
-    yield "optim", "adamw_torch_fused", "one pass over the weights instead of six"
     yield from _rhythm(recipe.training, has_validation)
     if EARLY_STOPPING in recipe.training:
         yield "load_best_model_at_end", True, "early stopping goes back to the best step"
@@ -223,8 +230,12 @@ def choose_mapped_bytes(device_type: str, dtype: Any, checkpointing: bool) -> in
 
 
 def can_keep_unpacked(num_bytes: int, memory_bytes: int | None = None) -> bool:
-    """Whether 4-bit weights may also lie unpacked in memory, for a tenth of a step: if they take a twentieth of it."""
-    return num_bytes <= (memory_bytes or _main_memory_bytes()) // 20
+    """Whether 4-bit weights may also lie unpacked in memory, for a tenth of a step: if they take a twentieth of it.
+
+    `memory_bytes` is this process's share; where it is left out, that of all that were launched on this machine.
+    """
+    share = _main_memory_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return num_bytes <= (share if memory_bytes is None else memory_bytes) // 20
 
 
 def place_untrained() -> Any:

@@ -26,10 +26,14 @@ from lora_ft.model.profile import ModelProfile
 
 BLOCK_SIZE = 64
 """Weights that share a scale in bitsandbytes' 4-bit types."""
-ADAPTER_BYTES = 4
+ADAPTER_BYTES = FLOAT_BYTES = 4
 """Trained weights are float32."""
 OPTIMIZER_BYTES = {"8bit": 2, "sgd": 0, "adafactor": 0, "lion": 4, "rmsprop": 4, "adagrad": 4, "adam": 8}
 """State a trained parameter, by the first of these words that stands in the optimizer's name."""
+OFFLOADABLE = ("adamw_torch", "adamw_torch_fused")
+"""Optimizers that DeepSpeed's CPU Adam computes; accelerate puts it in the place of any other one too."""
+STAGES = {"none": 0, "zero1": 1, "zero2": 2, "zero3": 3, "fsdp": 3}
+"""`Hardware.sharding` → how much of a step is shared out, by the stages of ZeRO."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ class MemoryPlan:
 
 
 def plan_step(profile: ModelProfile, work: Workload, hardware: Hardware) -> MemoryPlan:
-    """The memory of one training step of a model with this profile."""
+    """The memory of one training step of a model with this profile, or of reading its base, where that takes more."""
     traits = memory_traits(hardware.kind, choose_mapped_bytes(hardware.kind, _dtype_of(profile), work.checkpointing))
     causes = (
         *_standing(profile, work, hardware),
@@ -121,7 +125,20 @@ def plan_step(profile: ModelProfile, work: Workload, hardware: Hardware) -> Memo
         Cause("runtime", traits.runtime_bytes, "kernels, workspaces and code that the first step brings in"),
     )
     limit = int(hardware.memory_bytes * traits.usable_share)
-    return MemoryPlan(tuple(cause for cause in causes if cause.num_bytes > 0), limit)
+    plans = [MemoryPlan(tuple(cause for cause in causes if cause.num_bytes > 0), limit)]
+    if hardware.sharding == "zero3" and _bits_per_weight(work.quantization, profile.dtype_bytes) < 16:
+        plans.append(MemoryPlan(tuple(_reading(profile, work, causes[-2:])), limit))
+    return max(plans, key=lambda plan: plan.peak_bytes)
+
+
+def _reading(profile: ModelProfile, work: Workload, always: tuple[Cause, ...]) -> Iterator[Cause]:
+    """A quantised base while it is read under ZeRO-3: transformers shards it only afterwards."""
+    bits = _bits_per_weight(work.quantization, profile.dtype_bytes)
+    note = f"{count(profile.linear_parameters)} × {bits:.2f} bit, whole on each device until all is read"
+    yield Cause("base, linear layers", int(profile.linear_parameters * bits / 8), note)
+    note = f"{count(profile.other_parameters)} × {8 * profile.dtype_bytes} bit, whole"
+    yield Cause("base, embeddings and head", profile.other_parameters * profile.dtype_bytes, note)
+    yield from always
 
 
 def count(parameters: int) -> str:
@@ -144,7 +161,7 @@ def _standing(profile: ModelProfile, work: Workload, hardware: Hardware) -> Iter
     other = int((profile.other_parameters - unread) * profile.dtype_bytes * whole) * where
     note = f"{count(profile.other_parameters - unread)} × {8 * profile.dtype_bytes} bit{shares}"
     yield Cause("base, embeddings and head", other, note)
-    unpacked = profile.dtype_bytes * profile.linear_parameters
+    unpacked = profile.dtype_bytes * profile.adapted_parameters
     if bits < 8 and hardware.kind == "cpu" and whole == 1 and can_keep_unpacked(unpacked, hardware.memory_bytes):
         note = f"4-bit weights once more in {8 * profile.dtype_bytes} bit, as memory allows it"
         yield Cause("base, unpacked", unpacked, note)
@@ -176,8 +193,12 @@ def _passing(profile: ModelProfile, work: Workload, hardware: Hardware, traits: 
     wide = int(traits.wide_tensors * number * (profile.hidden_size + profile.widest) * tokens)
     yield Cause("gradients on their way", wide, "tensors as wide as a layer that its backward pass makes and drops")
     states = 2 * tokens * profile.hidden_size * number
-    logits = count_logits_bytes(hardware.kind, tokens, profile.vocab_size, number)
-    yield Cause("loss", logits + states, "a chunk of logits, states and their gradients")
+    if profile.scores_all:
+        logits, scored = 3 * FLOAT_BYTES * tokens * profile.vocab_size, "logits of all positions, thrice"
+    else:
+        logits = count_logits_bytes(hardware.kind, tokens, profile.vocab_size, number)
+        scored = "a chunk of logits"
+    yield Cause("loss", logits + states, f"{scored}, states and their gradients")
     if _bits_per_weight(work.quantization, number) < 8:
         yield Cause("one matrix, unpacked", profile.largest_matrix * number, "from 4 bit, for one product")
     if _ranks(hardware, from_stage=3) > 1:
@@ -230,5 +251,4 @@ def _say_unknown(quantization: dict[str, Any] | None) -> str:
 
 def _ranks(hardware: Hardware, from_stage: int) -> int:
     """Ranks that share what ZeRO shards from this stage on."""
-    stage = {"none": 0, "zero1": 1, "zero2": 2, "zero3": 3, "fsdp": 3}[hardware.sharding]
-    return hardware.num_devices if stage >= from_stage else 1
+    return hardware.num_devices if STAGES[hardware.sharding] >= from_stage else 1

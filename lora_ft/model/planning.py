@@ -8,13 +8,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lora_ft.errors import UserError
 from lora_ft.model.adapter import CONFIG_NAME, read_lora
+from lora_ft.model.adapter_faults import rewrites_base
 from lora_ft.model.load import read_config, unreadable
-from lora_ft.model.memory import Hardware, MemoryPlan, Workload, plan_step
+from lora_ft.model.memory import OFFLOADABLE, STAGES, Hardware, MemoryPlan, Workload, plan_step
 from lora_ft.model.profile import ModelProfile, profile_model
 from lora_ft.model.stored import read_stored, settle_attention, settle_quantization
 from lora_ft.sections import Choice, Recipe
@@ -24,6 +26,7 @@ DEFAULT_ROWS = 16
 """Rows a device puts into an optimizer step where the batch size is `auto` and nothing else is said."""
 SHORTEST, LOWEST_RANK, LARGEST_BATCH = 128, 4, 65_536
 """No shorter row, no lower rank and no larger batch is proposed."""
+OFFLOAD_FILE = "accelerate_configs/zero3_offload.yaml"
 LORA_SHAPE = (
     "r",
     "target_modules",
@@ -94,7 +97,11 @@ def plan_memory(recipe: Recipe, base_folder: Path, hardware: Hardware, longest: 
     work = replace(work, quantization=read_stored(base_folder) or work.quantization)
     recipe, work = _settle_checkpointing(*_settle_batch(recipe, work, profile, hardware), profile, hardware)
     plan = plan_step(profile, work, hardware)
-    changes = () if plan.fits else find_changes(Step(profile, work, hardware), (recipe.lora or {}).get("r", 8))
+    if not plan.fits:
+        step = Step(profile, work, hardware)
+        changes = find_changes(step, (recipe.lora or {}).get("r", 8), partial(_takes, recipe))
+    else:
+        changes = ()
     return RecipePlan(recipe, work, plan, changes)
 
 
@@ -120,11 +127,11 @@ def parse_memory(text: str) -> int:
     Raises:
         UserError: it is no size.
     """
-    match = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt])(i?)b?\s*", text, re.IGNORECASE)
     if match is None:
         raise UserError("--device", text, "This is no size of memory.", 'Write "24 GiB", say.')
     number, prefix, binary = match.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix.lower() or " "))
+    return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix.lower()))
 
 
 def profile_recipe(recipe: Recipe, base_folder: Path) -> ModelProfile:
@@ -237,17 +244,35 @@ class Step:
         return plan_step(self.profile, self.work, self.hardware)
 
 
-def find_changes(step: Step, rank: int) -> tuple[Change, ...]:
-    """For each single way of making the step fit, the least that does; where none does, the shortest heap of ways."""
+def _takes(recipe: Recipe, settings: dict[str, Any]) -> bool:
+    """Whether a change would not be refused beside what else the recipe says."""
+    lora = recipe.lora
+    if "lora.r" in settings:
+        return lora is not None and not lora.get("rank_pattern")  # an adapter that goes on training keeps its rank
+    if "quantization.load_in_4bit" in settings:
+        return not rewrites_base(lora or {})
+    if settings.get("--config_file") == OFFLOAD_FILE:
+        return recipe.training.get("optim", OFFLOADABLE[0]) in OFFLOADABLE
+    return True
+
+
+def find_changes(
+    step: Step, rank: int, takes: Callable[[dict[str, Any]], bool] = lambda settings: True
+) -> tuple[Change, ...]:
+    """For each single way of making the step fit, the least that does; where none does, the shortest heap of ways.
+
+    `takes` says which settings the recipe can be given.
+    """
     singles = []
     for shrink in SHRINKS:
-        fitting = (Change(settings, smaller.plan()) for settings, smaller in shrink(step, rank) if smaller.plan().fits)
+        ways = [way for way in shrink(step, rank) if takes(way[0])]
+        fitting = (Change(settings, smaller.plan()) for settings, smaller in ways if smaller.plan().fits)
         singles += list(fitting)[:1]
     if singles:
         return tuple(singles)
     settings: dict[str, Any] = {}
     for shrink in SHRINKS:
-        ways = list(shrink(step, rank))
+        ways = [way for way in shrink(step, rank) if takes(way[0])]
         if ways:
             added, step = ways[-1]
             settings |= added
@@ -273,14 +298,16 @@ def _quantise(step: Step, rank: int) -> Shrunk:
     held = step.work.quantization or {}
     if "quant_method" not in held and not held.get("load_in_4bit"):  # a base that is stored quantised stays so
         fields = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-        settings = {f"quantization.{key}": value for key, value in fields.items()}
+        settings: dict[str, Any] = {f"quantization.{key}": value for key, value in fields.items()}
+        if held.get("load_in_8bit"):
+            settings["quantization.load_in_8bit"] = False
         yield settings, replace(step, work=replace(step.work, quantization=fields))
 
 
 def _shard(step: Step, rank: int) -> Shrunk:
     if step.hardware.num_devices > 1:
         for stage in ("zero2", "zero3"):
-            if step.hardware.sharding in ("none", "zero1") or stage > step.hardware.sharding > "zero":
+            if STAGES[stage] > STAGES[step.hardware.sharding]:
                 launch = {"--config_file": f"accelerate_configs/{stage}.yaml"}
                 yield launch, replace(step, hardware=replace(step.hardware, sharding=stage))
 
@@ -295,7 +322,8 @@ def _shorter_rows(step: Step, rank: int) -> Shrunk:
 def _lower_rank(step: Step, rank: int) -> Shrunk:
     lower = rank // 2
     while lower >= LOWEST_RANK:
-        trained = step.profile.trained_parameters * lower // rank
+        fewer = step.profile.rank_parameters * (rank - lower) // rank
+        trained = step.profile.trained_parameters - fewer
         yield {"lora.r": lower}, replace(step, profile=replace(step.profile, trained_parameters=trained))
         lower //= 2
 
@@ -303,7 +331,7 @@ def _lower_rank(step: Step, rank: int) -> Shrunk:
 def _offload(step: Step, rank: int) -> Shrunk:
     if step.hardware.kind == "cuda" and not step.hardware.offload:
         hardware = replace(step.hardware, sharding="zero3", offload=("optimizer", "parameters"))
-        yield {"--config_file": "accelerate_configs/zero3_offload.yaml"}, replace(step, hardware=hardware)
+        yield {"--config_file": OFFLOAD_FILE}, replace(step, hardware=hardware)
 
 
 SHRINKS: tuple[Callable[[Step, int], Shrunk], ...] = (

@@ -8,6 +8,7 @@ Shapes: T tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -46,6 +47,10 @@ class ModelProfile:
     """Those of them in a table of which a step reads only the rows of its tokens; none where the head is tied to it."""
     trained_parameters: int
     """Parameters of the adapter, and of modules trained whole."""
+    rank_parameters: int
+    """Those of them that are as many as the adapter's rank is high."""
+    adapted_parameters: int
+    """Parameters of the matrices that get LoRA."""
     layer_parameters: int
     """Parameters of the largest layer: what ZeRO-3 and FSDP gather at once."""
     layer_bytes: tuple[int, ...]
@@ -66,6 +71,8 @@ class ModelProfile:
     """Bytes of a number in the forward pass."""
     attentions: tuple[str, ...]
     """Attentions of transformers that the architecture has, the fastest first."""
+    scores_all: bool
+    """Whether every position of an answer is scored at once, as an encoder-decoder's are here."""
     positions: int | None
     """Tokens that a row can have where positions are learned, as GPT-2's are; None where they are computed."""
 
@@ -89,8 +96,30 @@ def profile_model(
     """
     import torch
 
+    count = partial(_count, config, getattr(torch, dtype), lora, skip_modules, task, trust_remote_code)
+    try:
+        return count("profile")
+    except (
+        KeyError,
+        AttributeError,
+        RuntimeError,
+    ):  # some know attentions by name, and only those, or make their masks
+        return count("eager")
+
+
+def _count(
+    config: Any,
+    dtype: Any,
+    lora: dict[str, Any],
+    skip_modules: tuple[str, ...],
+    task: Task,
+    trust_remote_code: bool,
+    attention: str,
+) -> ModelProfile:
+    import torch
+
     with torch.device("meta"):
-        model = _build_on_meta(config, getattr(torch, dtype), task, trust_remote_code)
+        model = _build_on_meta(config, dtype, task, trust_remote_code, attention)
         matrices = _find_matrices(model, skip_modules)
         sizes = [weight.numel() for weight in matrices]
         total = sum(parameter.numel() for parameter in model.parameters())
@@ -108,6 +137,8 @@ def profile_model(
         other_parameters=total - sum(sizes),
         embedding_parameters=table,
         trained_parameters=sum(p.numel() for p in tuned.parameters() if p.requires_grad),
+        rank_parameters=sum(p.numel() for name, p in tuned.named_parameters() if ".lora_" in name),
+        adapted_parameters=sum(layer.get_base_layer().weight.numel() for layer in _find_adapted(tuned)),
         layer_parameters=layer_parameters,
         layer_bytes=tuple(slope.get(index, 0) for index in range(len(layers))),
         outer_bytes=slope.get(None, 0),
@@ -116,8 +147,9 @@ def profile_model(
         widest=max(max(weight.shape) for weight in matrices),
         vocab_size=text.vocab_size,
         num_heads=text.num_attention_heads,
-        dtype_bytes=getattr(torch, dtype).itemsize,
+        dtype_bytes=dtype.itemsize,
         attentions=(*(name for name, flag in ATTENTION_FLAGS.items() if getattr(model, flag)), "eager"),
+        scores_all=task == "seq2seq",
         positions=count_positions(model),
     )
 
@@ -138,19 +170,19 @@ def count_positions(model: Any) -> int | None:
     return min(places, default=None)
 
 
-def _build_on_meta(config: Any, dtype: Any, task: Task, trust_remote_code: bool) -> Any:
+def _build_on_meta(config: Any, dtype: Any, task: Task, trust_remote_code: bool, attention: str) -> Any:
     import transformers
     from transformers import AttentionInterface
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     AttentionInterface.register("profile", _attend)
     ALL_EXPERTS_FUNCTIONS.register("profile", _run_experts)
-    options = {"dtype": dtype, "attn_implementation": "profile", "experts_implementation": "profile"}
-    build = partial(getattr(transformers, AUTO_CLASSES[task]).from_config, config, trust_remote_code=trust_remote_code)
-    try:
-        model = build(**options)
-    except KeyError:  # code beside a base may know attentions by name, and only those
-        model = build(**{**options, "attn_implementation": "eager"})
+    options = {"dtype": dtype, "attn_implementation": attention, "experts_implementation": "profile"}
+    config = copy.deepcopy(config)  # which is given the names of these
+    if task == "sft":
+        config.get_text_config().pad_token_id = None  # or some would look for it among tokens that have no value
+    build = getattr(transformers, AUTO_CLASSES[task]).from_config
+    model = build(config, trust_remote_code=trust_remote_code, **options)
     return model.requires_grad_(False)
 
 
@@ -188,6 +220,13 @@ def _attach_on_meta(model: Any, lora: dict[str, Any], task: Task) -> Any:
     return tuned.train()
 
 
+def _find_adapted(tuned: Any) -> list[Any]:
+    """The linear layers that have LoRA beside them."""
+    from peft.tuners.lora import Linear
+
+    return [module for module in tuned.modules() if isinstance(module, Linear)]
+
+
 def _find_layers(model: Any) -> list[Any]:
     """The layers that gradient checkpointing computes again."""
     from transformers.modeling_layers import GradientCheckpointingLayer
@@ -216,6 +255,8 @@ def _count_kept(tuned: Any, layers: list[Any], num_tokens: int) -> Counter[int |
     with _watched(layers, inside), _no_autocast(), counted:
         ids = torch.zeros(1, num_tokens, dtype=torch.long)
         sides = {"decoder_input_ids": ids} if tuned.config.is_encoder_decoder else {}
+        if tuned.config._attn_implementation == "eager":
+            sides["attention_mask"] = torch.ones_like(ids)  # without one, it is looked for documents in positions
         tuned.get_base_model().base_model(input_ids=ids, use_cache=False, **sides)
     return kept
 

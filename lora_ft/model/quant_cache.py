@@ -11,6 +11,7 @@ taken as layers are used.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -27,6 +28,7 @@ from lora_ft.model.stored import read_stored
 
 if TYPE_CHECKING:
     import torch
+    from filelock import BaseFileLock
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
 ENTRY = "entry.json"
@@ -74,14 +76,13 @@ def load_quantised(
     if not _is_cacheable(identity, config, options):
         return load(identity.folder, **quantised)
     folder = find_cache() / _key(auto_class, identity, config, options)
+    lock = _lock(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
     except OSError:
         return load(identity.folder, **quantised)
-
-    from filelock import FileLock
-
-    with FileLock(folder.with_suffix(".lock")):
+    try:
         found = _read(auto_class, folder, options)
         if found is None:
             found = load(identity.folder, **quantised)
@@ -89,6 +90,8 @@ def load_quantised(
                 del found  # what quantising took is given back, and the weights are mapped as at every later start
                 release_memory()
                 found = _read(auto_class, folder, options)
+    finally:
+        lock.release()
     model, info = found or load(identity.folder, **quantised)
     model.name_or_path = model.config.name_or_path = str(identity.folder)
     return model, info
@@ -108,18 +111,32 @@ def list_cached() -> tuple[CachedBase, ...]:
 
 
 def clear_cached(base: str | None = None) -> tuple[CachedBase, ...]:
-    """Removes the quantised bases made of `base`, or all of them; they come back.
+    """Removes the quantised bases made of `base`, or all of them, but for those being written; they come back.
 
-    A process that has one open keeps it until it ends: on POSIX a removed file lives as long as it is mapped.
+    A process that has one open keeps it until it ends: on POSIX a removed file lives as long as it is mapped. Locks
+    stay: of a file that is removed while a process holds it, another would make a second lock.
     """
-    removed = tuple(cached for cached in list_cached() if base in (None, cached.base))
-    for cached in removed:
-        shutil.rmtree(cached.folder)
-        cached.folder.with_suffix(".lock").unlink(missing_ok=True)
+    from filelock import Timeout
+
+    removed = []
+    for cached in list_cached():
+        if base in (None, cached.base):
+            with contextlib.suppress(Timeout), _lock(cached.folder).acquire(blocking=False):
+                shutil.rmtree(cached.folder)
+                removed.append(cached)
     if base is None:
         for draft in find_cache().glob(".*.partial"):  # of processes that were killed while they wrote
-            shutil.rmtree(draft, ignore_errors=True)
-    return removed
+            owner = draft.with_name(draft.name.split(".")[1])
+            with contextlib.suppress(Timeout), _lock(owner).acquire(blocking=False):
+                shutil.rmtree(draft, ignore_errors=True)
+    return tuple(removed)
+
+
+def _lock(folder: Path) -> BaseFileLock:
+    """What is held by the process that makes the base in `folder`."""
+    from filelock import FileLock
+
+    return FileLock(folder.with_suffix(".lock"))
 
 
 def _is_cacheable(identity: BaseIdentity, config: BitsAndBytesConfig, options: dict[str, Any]) -> bool:
@@ -178,6 +195,7 @@ def _store(
     options: dict[str, Any],
 ) -> bool:
     """Writes what was made to `folder` in one step, unless it is not whole or the disk cannot take it; says whether."""
+    from safetensors import SafetensorError
     from transformers import GenerationConfig
 
     model, info = made
@@ -203,7 +221,7 @@ def _store(
             if again is None or not _is_same(model, again[0]):
                 raise OSError(f"{draft} does not hold what was written there")
         return True
-    except OSError:
+    except (OSError, SafetensorError):  # safetensors has an error of its own for a full disk
         return False
     finally:
         model.generation_config = generation
@@ -243,7 +261,10 @@ def _checksum(path: Path) -> str:
 
 
 def _describe(folder: Path) -> CachedBase:
-    entry = json.loads((folder / ENTRY).read_text(encoding="utf-8"))
     num_bytes = sum(path.stat().st_size for path in folder.iterdir())
     last_used = (folder / ENTRY).stat().st_mtime
-    return CachedBase(folder, entry["base"], entry["revision"], entry["quantization"], num_bytes, last_used)
+    try:
+        entry = json.loads((folder / ENTRY).read_text(encoding="utf-8"))
+        return CachedBase(folder, entry["base"], entry["revision"], entry["quantization"], num_bytes, last_used)
+    except (ValueError, KeyError, TypeError):
+        return CachedBase(folder, "(damaged)", None, {}, num_bytes, last_used)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,19 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+
+def use_one_gpu(arguments: Any) -> Any:
+    """The arguments, of which each process takes one GPU, also where no launcher told it which.
+
+    transformers would deal out each batch to all GPUs it sees (`nn.DataParallel`): rows times as many as were asked for
+    and planned, on a base that lies on one of them.
+    """
+    if arguments.n_gpu > 1:
+        number = arguments.n_gpu
+        print(f"one of {number} GPUs is used; for all: accelerate launch … scripts/sft.py RECIPE", file=sys.stderr)
+        arguments._n_gpu = 1
+    return arguments
 
 
 def assemble_trainer(

@@ -11,6 +11,7 @@ Shapes: B rows, S positions, H heads, K heads of keys, G = H / K, E entries a he
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,8 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward, use_gqa_in_sdpa
 from transformers.masking_utils import sdpa_mask
 
 from lora_ft.model.machine import prefers_matmul_attention
@@ -154,11 +155,13 @@ def keeps_documents_apart(model: Any) -> bool:
 
     It does not where layers carry a state along the row (Mamba, linear attention), or where an architecture takes no
     notice of `position_ids`; training on packed rows would go on without a word. Shards cannot be tried: there, the
-    kinds of layers in the config decide.
+    kinds of layers in the config decide, and whether positions reach the mask.
     """
     if any(parameter.is_meta or hasattr(parameter, "ds_id") for parameter in model.parameters()):
         kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
-        return all(kind.endswith("_attention") and kind != "linear_attention" for kind in kinds)
+        return _reads_positions(model) and all(
+            kind.endswith("_attention") and kind != "linear_attention" for kind in kinds
+        )
     was_training, ids = model.training, torch.arange(1, 9, device=model.device)[None]
     places = torch.arange(4, device=model.device).repeat(2)[None]
     model.eval()
@@ -169,6 +172,34 @@ def keeps_documents_apart(model: Any) -> bool:
         model.train(was_training)
     tolerance = 1e-4 if model.dtype == torch.float32 else 0.02
     return bool((behind - alone).norm() <= tolerance * alone.norm())
+
+
+class _PositionsRead(Exception):
+    """The mask is about to be made from positions."""
+
+
+def _reads_positions(model: Any) -> bool:
+    """Whether this kind of model makes its mask from `position_ids`, as one of its config without weights shows."""
+
+    def stop(*args: Any) -> None:
+        raise _PositionsRead
+
+    config, find = copy.deepcopy(model.config), masking_utils.find_packed_sequence_indices
+    if config._attn_implementation != "eager":
+        config._attn_implementation = "sdpa"  # what a GPU's own kernels see has no meta device
+    config.get_text_config().pad_token_id = None  # or some would look for it among tokens that have no value
+    masking_utils.find_packed_sequence_indices = stop
+    try:
+        with torch.device("meta"):
+            ids = torch.zeros(1, 8, dtype=torch.long)
+            type(model)(config)(input_ids=ids, position_ids=ids, use_cache=False)
+    except _PositionsRead:
+        return True
+    except (RuntimeError, ValueError, TypeError, AttributeError, NotImplementedError):
+        return False  # it cannot run without weights; rows are padded then, which is right everywhere
+    finally:
+        masking_utils.find_packed_sequence_indices = find
+    return False
 
 
 def mask_documents(
@@ -262,6 +293,10 @@ def attend_documents(
 def _attend_run(run: Run, q: Tensor, k: Tensor, v: Tensor, dropout: float, scaling: float) -> Tensor:
     """Attention output [n·L, H, E] of neighbouring documents, from queries [n·L, H, E], keys and values [n·L, K, E]."""
     q, k, v = (states.unflatten(0, (run.count, run.length)).transpose(1, 2) for states in (q, k, v))
+    is_grouped = q.shape[1] != k.shape[1]
+    if is_grouped and not use_gqa_in_sdpa(run.window, k, v):  # grouped, a window would keep the scores of all pairs
+        k, v = (repeat_kv(states, q.shape[1] // k.shape[1]) for states in (k, v))
+        is_grouped = False
     out = nn.functional.scaled_dot_product_attention(
         q,
         k,
@@ -270,7 +305,7 @@ def _attend_run(run: Run, q: Tensor, k: Tensor, v: Tensor, dropout: float, scali
         dropout_p=dropout,
         is_causal=run.window is None,
         scale=scaling,
-        enable_gqa=q.shape[1] != k.shape[1],
+        enable_gqa=is_grouped,
     )
     return out.transpose(1, 2).flatten(0, 1)
 

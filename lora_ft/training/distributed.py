@@ -14,7 +14,7 @@ from typing import Any
 
 from lora_ft.errors import Fault, UserError, raise_faults
 from lora_ft.model.machine import Machine, probe_machine
-from lora_ft.model.memory import Hardware
+from lora_ft.model.memory import OFFLOADABLE, Hardware
 from lora_ft.sections import Choice, Recipe
 
 DEEPSPEED_TWINS: dict[str, tuple[str, object]] = {
@@ -31,9 +31,6 @@ REPLACED = {
     "scheduler": "training.lr_scheduler_type and its warmup",
 }
 """Block of a DeepSpeed config → what of the recipe would be passed over where it is given."""
-
-OFFLOADABLE = ("adamw_torch", "adamw_torch_fused")
-"""Optimizers that DeepSpeed's CPU Adam computes; accelerate puts it in the place of any other one too."""
 
 SHARDINGS = ("zero1", "zero2", "zero3", "fsdp")
 """Strategies that share out what plain data parallelism keeps on every rank."""

@@ -106,10 +106,24 @@ def _score_in_chunks(
         return score_logits(transform.apply(head(hidden).float()), targets, with_entropy)
 
     rows = count_logits_rows(len(targets), transform.num_logits)
-    chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
+    chunks = list(zip(hidden.split(rows), targets.split(rows), strict=True))
+    chunks += [(hidden[:0], targets[:0])] * (_agree_on_calls(head, len(chunks), hidden.device) - len(chunks))
     scored = [checkpoint(score_chunk, *chunk, use_reentrant=False) for chunk in chunks]
     loss, is_top1, entropy = zip(*scored, strict=True)
     return Scores(torch.cat(loss), torch.cat(is_top1), torch.cat(entropy) if with_entropy else None)
+
+
+def _agree_on_calls(head: nn.Module, num_calls: int, device: torch.device) -> int:
+    """How often this rank calls the head: where it is sharded, as often as the rank that has most to score.
+
+    Each call gathers the head from all ranks. One that called it less often would answer the last calls of the others
+    with whatever it gathers next.
+    """
+    if not any(hasattr(parameter, "ds_id") for parameter in head.parameters()):
+        return num_calls
+    most = torch.tensor(num_calls, device=device)
+    torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+    return int(most)
 
 
 def _score_with_triton(

@@ -19,7 +19,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainingArgum
 from lora_ft.data.render import IGNORE_INDEX
 from lora_ft.recipe import check_buildable
 from lora_ft.recipe_rules import library_part
-from lora_ft.training.assemble import assemble_trainer
+from lora_ft.training.assemble import assemble_trainer, use_one_gpu
 from lora_ft.training.lasting import LastingTrainer
 from lora_ft.training.lora_linear import fused_lora
 from lora_ft.training.optimizer import create_loraplus
@@ -146,7 +146,8 @@ def build_class_arguments(training: dict[str, Any], output_dir: Path) -> Trainin
     Raises:
         UserError: transformers refuses the values.
     """
-    return check_buildable("training/classification", TrainingArguments, fill_in(training, output_dir), "recipe")
+    fields = fill_in(training, output_dir)
+    return use_one_gpu(check_buildable("training/classification", TrainingArguments, fields, "recipe"))
 
 
 def build_answer_arguments(training: dict[str, Any], output_dir: Path) -> Seq2SeqTrainingArguments:
@@ -155,7 +156,8 @@ def build_answer_arguments(training: dict[str, Any], output_dir: Path) -> Seq2Se
     Raises:
         UserError: transformers refuses the values.
     """
-    return check_buildable("training/seq2seq", Seq2SeqTrainingArguments, fill_in(training, output_dir), "recipe")
+    fields = fill_in(training, output_dir)
+    return use_one_gpu(check_buildable("training/seq2seq", Seq2SeqTrainingArguments, fields, "recipe"))
 
 
 def fill_in(training: dict[str, Any], output_dir: Path) -> dict[str, Any]:

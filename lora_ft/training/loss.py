@@ -9,6 +9,9 @@ Shapes: B rows, S positions, N supervised tokens of the batch, V vocabulary.
 from __future__ import annotations
 
 import functools
+import inspect
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,8 +80,9 @@ class ScoringForward:
     def __init__(self, model: Any):
         self._model, self._forward = model, model.forward
         self._transform = read_logit_transform(model.config)
+        self._balance = find_balancing(model)
         functools.update_wrapper(self, self._forward)  # `generate` checks its arguments against the signature
-        self._knows_logits = self._reproduces_logits()
+        self._backbone = self._find_backbone()
 
     def __call__(
         self,
@@ -103,13 +107,13 @@ class ScoringForward:
             shift_labels = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
         row, position = torch.nonzero(shift_labels != IGNORE_INDEX, as_tuple=True)
         targets = shift_labels[row, position]
-        config = self._model.config.get_text_config()
-        has_router = getattr(config, "output_router_logits", False)
+        is_balanced = getattr(self._model.config.get_text_config(), "output_router_logits", False)
+        balance = self._balance if is_balanced else None
         kwargs |= {"return_dict": True, "use_cache": False}  # with a cache, packed rows are taken for ordinary ones
-        if has_router:
+        if balance is not None:
             kwargs["output_router_logits"] = True
-        if self._knows_logits:
-            outputs = self._model.base_model(*args, **kwargs)
+        if self._backbone is not None:
+            outputs = self._backbone(*args, **kwargs)
             hidden = outputs.last_hidden_state
             places = (row * hidden.shape[1] + position).to(hidden.device)  # another one, for a base on several GPUs
             chosen = hidden.flatten(0, 1).index_select(0, places)
@@ -117,39 +121,53 @@ class ScoringForward:
         else:
             outputs = self._forward(*args, **kwargs)
             scores = score_logits(outputs.logits[row, position], targets, with_entropy)
-        aux_loss = _balance_experts(outputs.router_logits, config, find_tokens(kwargs)) if has_router else None
+        aux_loss = None if balance is None else balance(outputs.router_logits, find_tokens(kwargs))
         return TokenScores(row=row.to(scores.loss.device), aux_loss=aux_loss, **scores._asdict())
 
     @torch.no_grad()
-    def _reproduces_logits(self) -> bool:
-        """Whether head and transform after the backbone give the model's own logits, tried on eight tokens.
+    def _find_backbone(self) -> nn.Module | None:
+        """The module whose states, through head and transform, give the model's own logits, tried on eight tokens.
 
-        An architecture that scales its logits by a key nobody here has heard of would otherwise train on a wrong loss
-        without a word. Shards cannot be tried; they are taken to behave as the whole does.
+        None where no module does: an architecture that scales its logits by a key nobody here has heard of would
+        otherwise train on a wrong loss without a word. Shards cannot be tried; they are taken to behave as the whole.
         """
-        model, seen = self._model, []
+        model, seen = self._model, {}
         if any(parameter.is_meta or hasattr(parameter, "ds_id") for parameter in model.parameters()):
-            return True
+            return model.base_model
         head = model.get_output_embeddings()
+        if head is None:
+            return None
         was_training, ids = model.training, torch.arange(1, 9, device=model.device)[None]
-        hook = model.base_model.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        # OPT's forward goes past its own backbone, to the decoder inside
+        tried = list(dict.fromkeys((model.base_model, model.get_decoder())))
+        hooks = [
+            each.register_forward_hook(lambda module, inputs, output: seen.update({module: output})) for each in tried
+        ]
         model.eval()
         try:
             logits = self._forward(input_ids=ids, use_cache=False, return_dict=True).logits.float()
-            if not seen or head is None:  # OPT's forward goes past its own backbone, to the decoder inside
-                return False
-            ours = self._transform.apply(head(seen[0].last_hidden_state).float())
+            for backbone in filter(seen.__contains__, tried):
+                ours = self._transform.apply(head(seen[backbone].last_hidden_state).float())
+                if (logits - ours.to(logits.device)).norm() <= 0.02 * logits.norm():
+                    return backbone
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
             model.train(was_training)
-        return bool((logits - ours.to(logits.device)).norm() <= 0.02 * logits.norm())
+        return None
 
 
-def _balance_experts(router_logits: Any, config: Any, tokens: Tensor | None) -> Tensor:
-    """How unevenly the experts of a mixture are used by the tokens (1, not 0, in [B, S]), padding left out.
+def find_balancing(model: Any) -> Callable[[Any, Tensor | None], Tensor] | None:
+    """What tells how unevenly the experts of a mixture are used by the tokens (1, not 0, in [B, S]), padding left out.
 
-    Source: Fedus et al. 2021, "Switch Transformers", equation 4; all mixtures in transformers take Mixtral's function.
+    It is the architecture's own function, from its router's logits; None where it has no experts, or a function of
+    another kind (Doge).
+
+    Source: Fedus et al. 2021, "Switch Transformers", equation 4; transformers' `MixtralForCausalLM.forward`.
     """
-    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-
-    return load_balancing_loss_func(router_logits, config.num_experts, config.num_experts_per_tok, tokens)
+    function = getattr(sys.modules[type(model).__module__], "load_balancing_loss_func", None)
+    num_experts, num_chosen = (getattr(model, name, None) for name in ("num_experts", "num_experts_per_tok"))
+    asked = ["gate_logits", "num_experts", "top_k", "attention_mask"]
+    if not num_experts or not num_chosen or function is None or list(inspect.signature(function).parameters) != asked:
+        return None
+    return lambda router_logits, tokens: function(router_logits, num_experts, num_chosen, tokens)

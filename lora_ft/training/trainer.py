@@ -17,13 +17,14 @@ from trl import SFTConfig, SFTTrainer
 
 from lora_ft.data.collate import Collator
 from lora_ft.errors import Fault, UserError, raise_faults
+from lora_ft.model.machine import choose_arithmetic
 from lora_ft.recipe import check_buildable
 from lora_ft.recipe_rules import library_part
-from lora_ft.training.assemble import assemble_trainer
+from lora_ft.training.assemble import assemble_trainer, use_one_gpu
 from lora_ft.training.attention import document_attention, keeps_documents_apart
 from lora_ft.training.lasting import LastingTrainer
 from lora_ft.training.lora_linear import fused_lora
-from lora_ft.training.loss import TokenScores, add_scoring
+from lora_ft.training.loss import TokenScores, add_scoring, find_balancing
 from lora_ft.training.meter import sum_rows
 from lora_ft.training.optimizer import create_loraplus
 from lora_ft.training.rows import RowJoiner, find_tokens
@@ -40,20 +41,18 @@ class LoraTrainer(LastingTrainer, SFTTrainer):
     model card into every checkpoint, and reports no run to its makers.
 
     `with_entropy` logs the entropy of the predictions too, for one more pass over the logits.
-
-    Raises:
-        UserError: an argument that needs the logits of every position.
     """
 
     loss_is_scaled_for_ga = True  # divided by the tokens of the whole step, not once more by its micro-batches
 
     def __init__(self, *args: Any, loraplus_ratio: float | None = None, with_entropy: bool = False, **kwargs: Any):
         model: PeftModel = kwargs["model"]
-        raise_faults(_need_all_logits(kwargs["args"]))
         self._loraplus_ratio, self._with_entropy = loraplus_ratio, with_entropy
         trained = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
         with _hidden_head(model):
             super().__init__(*args, **kwargs)
+        if self.aux_loss_enabled:
+            _refuse_unbalanced(model.get_base_model(), self.router_aux_loss_coef)
         for name, parameter in model.named_parameters():
             if name in trained:  # trl#7268: at a learning rate of 1e-5, bfloat16 rounds 98% of the updates away
                 parameter.data = trained[name]
@@ -142,10 +141,13 @@ class LoraTrainer(LastingTrainer, SFTTrainer):
         self._new_tokens = self._tokens_before
 
     def _join_rows(self, model: Any) -> None:
-        """Batches of rows one after the other without padding, where the model can attend to each apart."""
+        """Batches of rows one after the other without padding, where the model can attend to each apart.
+
+        NEFTune's noise shrinks with the width of a batch, so it would depend on how many rows are joined.
+        """
         if keeps_documents_apart(model):
             fast = model.config._attn_implementation == "sdpa" or is_flash_attention_requested(model.config)
-            if fast and isinstance(self.data_collator, Collator):
+            if fast and self.args.neftune_noise_alpha is None and isinstance(self.data_collator, Collator):
                 self.data_collator = RowJoiner(self.data_collator.pad_token_id)
         elif "seq_lengths" in (self.train_dataset.column_names or ()):
             rule = "This architecture carries something along the row, and documents would see each other."
@@ -199,13 +201,24 @@ def _need_all_logits(arguments: SFTConfig) -> Iterator[Fault]:
         yield Fault("training.label_smoothing_factor", arguments.label_smoothing_factor, rule, "Leave it out.")
 
 
+def _refuse_unbalanced(model: Any, coefficient: float) -> None:
+    """Nothing, if the use of a mixture's experts can be balanced, or a hybrid of the family has none.
+
+    Raises:
+        UserError: the architecture has no function for it.
+    """
+    if find_balancing(model) is None and getattr(model, "num_experts", None) != 0:
+        rule = f"{type(model).__name__} has no loss that balances its experts."
+        raise UserError("training.router_aux_loss_coef", coefficient, rule, "Write 0: they are not balanced then.")
+
+
 def build_arguments(training: dict[str, Any], output_dir: Path) -> SFTConfig:
     """The `SFTConfig` of a recipe's `training` section, with what other sections own filled in.
 
     Under a launcher this also reads its DeepSpeed or FSDP settings, so it comes before the base is loaded.
 
     Raises:
-        UserError: TRL refuses the values.
+        UserError: TRL refuses the values, or one of them needs the logits of every position.
     """
     owned = {
         "output_dir": str(output_dir),
@@ -214,7 +227,9 @@ def build_arguments(training: dict[str, Any], output_dir: Path) -> SFTConfig:
         "logging_nan_inf_filter": False,
         "disable_tqdm": True,  # `Progress` draws the bar
     }
-    return check_buildable("training", SFTConfig, {**library_part(training), **owned}, "recipe")
+    arguments = use_one_gpu(check_buildable("training", SFTConfig, {**library_part(training), **owned}, "recipe"))
+    raise_faults(_need_all_logits(arguments))
+    return arguments
 
 
 def build_trainer(*parts: Any, **options: Any) -> LoraTrainer:
@@ -230,9 +245,14 @@ def train_model(
     `training` are fields of `trl.SFTConfig`, as in a recipe; `rows` come from `prepare_dataset`.
 
     Raises:
-        UserError: TRL refuses the values, or there is nothing to train.
+        UserError: the model has no adapter, TRL refuses the values, or there is nothing to train.
     """
-    arguments = build_arguments({"report_to": "none", "save_strategy": "no", **training}, Path(output_dir))
+    if not hasattr(model, "get_base_model"):
+        kind = type(model).__name__
+        raise UserError("train_model", kind, "It has no adapter to train.", "Give it one: lora_ft.attach_adapter.")
+    dtype = str(model.dtype).removeprefix("torch.")
+    chosen = {key: value for key, value, _ in choose_arithmetic(model.device.type, dtype)}
+    arguments = build_arguments({**chosen, "report_to": "none", "save_strategy": "no", **training}, Path(output_dir))
     Path(output_dir).mkdir(parents=True, exist_ok=True)
     trainer = build_trainer(model, tokenizer, rows, None, arguments)
     trainer.train()

@@ -9,7 +9,16 @@ from transformers import AutoConfig
 
 from lora_ft.errors import UserError
 from lora_ft.model.memory import Hardware, Workload, plan_step
-from lora_ft.model.planning import Step, find_changes, parse_memory, plan_memory, refuse_unfit
+from lora_ft.model.planning import (
+    OFFLOAD_FILE,
+    Step,
+    _lower_rank,
+    _takes,
+    find_changes,
+    parse_memory,
+    plan_memory,
+    refuse_unfit,
+)
 from lora_ft.model.profile import profile_model
 from lora_ft.recipe import load_recipe
 
@@ -153,9 +162,10 @@ def test_sizes_by_hand(text, size):
     assert parse_memory(text) == size
 
 
-def test_a_size_that_is_none():
+@pytest.mark.parametrize("text", ["a lot", "1.2.3 GiB", ".", "24", "-3 GiB"])
+def test_a_size_that_is_none(text):
     with pytest.raises(UserError, match="24 GiB"):
-        parse_memory("a lot")
+        parse_memory(text)
 
 
 # --- recipes -------------------------------------------------------------------------------------------------------
@@ -206,3 +216,54 @@ def test_a_step_that_does_not_fit_is_refused_with_the_way_out(recipe, tiny_base)
     huge = replace(recipe, training={**recipe.training, "per_device_train_batch_size": 4096})
     with pytest.raises(UserError, match=r"Fits with: .*training.per_device_train_batch_size=\d+"):
         refuse_unfit(plan_memory(huge, tiny_base, Hardware("cpu", GIB)))
+
+
+def test_what_is_proposed_is_taken(recipe, tiny_base):
+    """Each change beside what the recipe says already: 8 bit, a start that wants whole weights, ranks by layer."""
+    lora = recipe.lora
+    small = Hardware("cuda", 9 * GIB)
+    step = Step(profile_model(LLAMA_8B, "bfloat16", LORA), Workload(1, 512, {"load_in_8bit": True}, True), small)
+    (change,) = [each for each in find_changes(step, 16) if "quantization.load_in_4bit" in each.settings]
+    assert change.settings["quantization.load_in_8bit"] is False
+    assert not _takes(replace(recipe, lora={**lora, "init_lora_weights": "pissa"}), {"quantization.load_in_4bit": True})
+    assert not _takes(replace(recipe, lora={**lora, "rank_pattern": {"q_proj": 4}}), {"lora.r": 4})
+    assert not _takes(replace(recipe, lora=None), {"lora.r": 4})
+    assert not _takes(
+        replace(recipe, training={**recipe.training, "optim": "paged_adamw_8bit"}), {"--config_file": OFFLOAD_FILE}
+    )
+    assert _takes(recipe, {"lora.r": 4}) and _takes(recipe, {"--config_file": OFFLOAD_FILE})
+
+
+def test_a_lower_rank_does_not_shrink_what_is_trained_whole(large):
+    whole = profile_model(LLAMA_8B, "bfloat16", {**LORA, "modules_to_save": ["lm_head"]})
+    step = Step(whole, Workload(1, 512, NF4, True), Hardware("cuda", 24 * GIB))
+    _, lower = next(iter(_lower_rank(step, 16)))
+    assert lower.profile.trained_parameters == whole.trained_parameters - large.trained_parameters // 2
+    assert whole.rank_parameters == large.trained_parameters
+
+
+def test_a_quantised_base_is_read_whole_under_zero3(large):
+    """transformers shards 4-bit weights only after it has read them."""
+    plan = plan_step(large, Workload(1, 128, NF4, True), Hardware("cuda", 24 * GIB, 64, "zero3"))
+    assert plan.peak_bytes > large.linear_parameters * 4.1 / 8 + large.other_parameters * 2
+
+
+@pytest.mark.parametrize("kind", ["gptj", "gpt_neo", "mpt"])
+def test_architectures_without_an_attention_of_ours_are_counted(kind):
+    shape = {"vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    names = {
+        "gptj": {"rotary_dim": 8},
+        "gpt_neo": {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
+    }
+    config = AutoConfig.for_model(kind, **shape, **names.get(kind, {}))
+    attention = config._attn_implementation
+    assert min(profile_model(config, "float32", LORA).layer_bytes) > 0
+    assert config._attn_implementation == attention
+
+
+def test_answers_of_an_encoder_decoder_are_scored_whole():
+    config = AutoConfig.for_model("t5", vocab_size=32128, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
+    plan = plan_step(
+        profile_model(config, "float32", LORA, task="seq2seq"), Workload(16, 128, None, False), Hardware("cpu", GIB)
+    )
+    assert cause(plan, "loss") > 3 * 4 * 16 * 128 * 32128

@@ -171,7 +171,39 @@ def test_show_and_clear(base):
     assert [cached.base for cached in clear_cached("org/one")] == ["org/one"]
     assert [cached.base for cached in list_cached()] == ["org/two"]
     clear_cached()
-    assert list_cached() == () and not list(quant_cache.find_cache().iterdir())
+    assert list_cached() == () and {path.suffix for path in quant_cache.find_cache().iterdir()} <= {".lock"}
+
+
+def test_what_is_being_written_is_not_cleared(base):
+    load(base)
+    (entry,) = list_cached()
+    draft = entry.folder.with_name(f".{entry.folder.name}.1.partial")
+    draft.mkdir()
+    with quant_cache._lock(entry.folder):
+        assert clear_cached() == () and draft.exists()
+    assert clear_cached() == (entry,) and not draft.exists()
+
+
+def test_a_damaged_entry_is_shown_and_cleared(base):
+    load(base)
+    (list_cached()[0].folder / quant_cache.ENTRY).write_text("")
+    assert [cached.base for cached in list_cached()] == ["(damaged)"]
+    assert len(clear_cached()) == 1 and list_cached() == ()
+
+
+@pytest.mark.parametrize("part", ["lock", "weights"])
+def test_a_disk_that_takes_nothing_more_is_done_without(base, monkeypatch, part):
+    """A folder that is there and read-only, and a disk that is full, of which safetensors has an error of its own."""
+    from safetensors import SafetensorError
+
+    def refuse(*arguments, **options):
+        raise OSError(30, "Read-only file system") if part == "lock" else SafetensorError("No space left on device")
+
+    if part == "lock":
+        monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    else:
+        monkeypatch.setattr(PreTrainedModel, "save_pretrained", refuse)
+    assert load(base) is not None and list_cached() == ()
 
 
 def test_what_is_not_cached(base, quantisations, tmp_path):

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_ft.training import attention
-from lora_ft.training.attention import DOCUMENTS, DocumentMask, document_attention
+from lora_ft.training.attention import DOCUMENTS, DocumentMask, document_attention, keeps_documents_apart
 
 SHAPE = {
     "hidden_size": 64,
@@ -180,6 +180,35 @@ def test_what_it_cannot_do_is_refused():
     mask = DocumentMask((attention.Run(2, 2),), torch.device("cpu"))
     with pytest.raises(ValueError, match="softcap"):
         attention.attend_documents(torch.nn.Module(), states, states, states, mask, softcap=30.0)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "falcon", "opt", "bloom", "mamba"])
+def test_shards_are_judged_as_the_whole_is(kind):
+    """Weights that lie elsewhere cannot be tried; falcon, OPT and bloom take no notice of positions."""
+    shape = {"vocab_size": 320, "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "pad_token_id": 0}
+    others = {"opt": {"word_embed_proj_dim": 64, "ffn_dim": 96}, "gemma2": {"head_dim": 16}}
+    config = AutoConfig.for_model(kind, **shape, **others.get(kind, {}))
+    whole = AutoModelForCausalLM.from_config(config)
+    with torch.device("meta"):
+        sharded = AutoModelForCausalLM.from_config(config)
+    assert keeps_documents_apart(sharded) == keeps_documents_apart(whole) == (kind in ("llama", "gpt2", "gemma2"))
+
+
+def test_a_window_repeats_keys_where_grouped_ones_have_no_fused_kernel(monkeypatch):
+    """CUDA falls back to keeping the scores of all pairs for a mask over grouped keys."""
+    seen = []
+    fused = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda q, k, v, **options: seen.append((k.shape[1], options["enable_gqa"])) or fused(q, k, v, **options),
+    )
+    query, key = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8)
+    window = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril().triu(-2)
+    for mask, expected in ((window, (4, False)), (None, (2, True))):
+        run = DocumentMask((attention.Run(1, 6, mask),), torch.device("cpu"))
+        attention.attend_documents(torch.nn.Module(), query, key, key, run)
+        assert seen.pop() == expected
 
 
 def test_other_ways_to_attend_are_left_alone():

@@ -50,10 +50,22 @@ def compare(model, tolerance, autocast=False):
 @pytest.mark.parametrize("quantization", [None, NF4], ids=["plain", "nf4"])
 @pytest.mark.parametrize("lora", [{}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 2}}], ids=str)
 def test_equal_to_peft(tiny_base, monkeypatch, quantization, dtype, keep, lora):
+    """In bfloat16, where processors round sums in their own order, no further from PEFT's than that is from float32."""
     monkeypatch.setattr(lora_linear, "can_keep_unpacked", lambda num_bytes: keep)
     model = load(tiny_base, dtype, quantization, **lora)
-    exact = dtype == "float32"
-    assert compare(model, 1e-6 if exact else 5e-3, autocast=not exact) == 14  # seven matrices in each of two layers
+    if dtype == "float32":
+        assert compare(model, 1e-6) == 14  # seven matrices in each of two layers
+        return
+    exact = join(run(load(tiny_base, "float32", quantization, **lora))[1])
+    theirs = join(run(model, autocast=True)[1])
+    with fused_lora(model) as count:
+        ours = join(run(model, autocast=True)[1])
+    assert count == 14 and (ours - theirs).norm() <= (theirs - exact).norm() < 0.5 * exact.norm()
+
+
+def join(gradients):
+    """All of them as one vector."""
+    return torch.cat([gradient.flatten() for gradient in gradients.values()])
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])

@@ -1,6 +1,7 @@
 """Loss, gradients and figures against the full logits of the model itself, cross-entropy in float32."""
 
 import gc
+from contextlib import nullcontext
 
 import datasets
 import pytest
@@ -47,7 +48,9 @@ KINDS = {
         "moe_intermediate_size": 32,
         "output_router_logits": True,
     },
-    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},  # goes round its own backbone: full logits are all there is
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True},
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},  # goes round its own backbone, to the decoder in it
 }
 
 
@@ -188,8 +191,9 @@ def test_entropy_only_when_asked_for():
     assert torch.allclose(model(**batch, score=True, with_entropy=True).entropy, expected, atol=1e-5)
 
 
-def test_experts_are_balanced_as_the_model_itself_does():
-    model, batch = build_model("qwen3_moe"), make_batch()
+@pytest.mark.parametrize("kind", ["qwen3_moe", "granitemoe", "mixtral"])
+def test_experts_are_balanced_as_the_model_itself_does(kind):
+    model, batch = build_model(kind), make_batch()
     add_scoring(model)
     assert torch.allclose(model(**batch, score=True).aux_loss, model(**batch).aux_loss)
 
@@ -290,6 +294,29 @@ def test_joined_rows_train_as_padded_ones_do(tiny_base, tmp_path):
         trainer.train()
         losses.append([*logged(trainer, "loss"), *logged(trainer, "num_tokens")])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_noise_on_embeddings_does_not_shrink_with_the_rows_of_a_batch(tiny_base, tmp_path):
+    """NEFTune divides it by the root of a batch's width, which joining rows would make many times as large."""
+    batches = [
+        make_trainer(tiny_base, tmp_path, per_device_train_batch_size=8, **noise).data_collator(list(make_rows(8)))
+        for noise in ({}, {"neftune_noise_alpha": 5.0})
+    ]
+    assert [len(batch["input_ids"]) for batch in batches] == [1, 8]
+
+
+def test_experts_that_nothing_balances_are_refused(tmp_path):
+    """Doge has a function of its own kind; by default TRL would balance with a share of 0.001."""
+    from tests.conftest import make_tokenizer
+
+    config = AutoConfig.for_model("doge", **SHAPE, is_moe=True, num_experts=16, num_experts_per_tok=2, head_dim=16)
+    options = {"target_modules": ["q_proj"]}
+    for coefficient, is_refused in ((None, True), (0.0, False)):
+        model = attach_adapter(AutoModelForCausalLM.from_config(config).requires_grad_(False), {**LORA, **options})
+        arguments = build_arguments({**QUIET, "router_aux_loss_coef": coefficient}, tmp_path)
+        refused = pytest.raises(UserError, match="router_aux_loss_coef") if is_refused else nullcontext()
+        with refused:
+            build_trainer(model, make_tokenizer(), make_rows(), None, arguments, quiet=True)
 
 
 def test_figures_are_means_over_tokens(tiny_base, tmp_path):
