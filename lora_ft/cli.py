@@ -202,32 +202,36 @@ def _command_again() -> str:
     return shlex.join(word for word in words if word not in {"--fresh", "--warm-start"})
 
 
-def check_command(options: argparse.Namespace) -> None:
+def check_command(options: argparse.Namespace) -> int:
     from lora_ft.recipe import dump_recipe, load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)
 
     from lora_ft.data.audit_table import print_audit
     from lora_ft.model.machine import probe_machine
-    from lora_ft.settle import check_recipe, settle_recipe
+    from lora_ft.settle import check_arguments, check_recipe, settle_recipe
     from lora_ft.summary import print_plan
     from lora_ft.training.distributed import read_launch
 
     machine, launch = probe_machine(), read_launch()
     recipe = settle_recipe(recipe, machine, launch)
     planned = audit = None
-    if not options.no_data:
+    if options.no_data:
+        check_arguments(recipe)
+    else:
         planned, audit = check_recipe(recipe, machine, launch)
         recipe = planned.recipe
+    is_refused = audit is not None and audit.is_strict and bool(audit.warnings)
     if options.json:
         choices = [vars(choice) for choice in recipe.choices]
         found = {"memory": planned and planned.to_json(), "audit": audit and audit.to_json()}
-        options.emit({"ok": True, "choices": choices, **found})
-        return
-    print(dump_recipe(recipe), end="")
-    if planned is not None and audit is not None:
-        print_plan(planned)
-        print_audit(audit)
+        options.emit({"ok": not is_refused, "choices": choices, **found})
+    else:
+        print(dump_recipe(recipe), end="")
+        if planned is not None and audit is not None:
+            print_plan(planned)
+            print_audit(audit)
+    return UserError.exit_code if is_refused else 0
 
 
 def plan_command(options: argparse.Namespace) -> int:
@@ -368,8 +372,9 @@ def _read_weight(word: str) -> tuple[Path, float]:
         number = float(weight)
     except ValueError:
         number = math.nan
-    if not math.isfinite(number):
-        raise UserError("command line", word, "A weight is a number.", "Write ADAPTER=0.5, say.")
+    if not math.isfinite(number) or number == 0:
+        rule = "A weight is a number, and at 0 the adapter would do nothing."
+        raise UserError("command line", word, rule, "Write ADAPTER=0.5, say.")
     return find_adapter(Path(folder)), number
 
 

@@ -21,6 +21,7 @@ from lora_ft.errors import Fault, UserError, raise_faults
 from lora_ft.library_fields import LIBRARY_CLASSES, LibraryField, accepts, describe, find_class, read_fields
 from lora_ft.recipe_paths import resolve_paths
 from lora_ft.recipe_rules import (
+    FORMER,
     IDLE,
     INERT,
     OUR_FIELDS,
@@ -215,6 +216,18 @@ def _build_section(cls: Any, values: Any, key: Key, document: Document, faults: 
     return cls(**built) if len(faults) == before else None
 
 
+def build_options(cls: Any, values: dict[str, Any], place: str) -> Any:
+    """A section from a user's own program, held to what a recipe's is held to; `place` is what the user called.
+
+    Raises:
+        UserError: with every fault.
+    """
+    faults: list[Fault] = []
+    section = _build_section(cls, values, (), Document(place, values), faults)
+    raise_faults(faults)
+    return section
+
+
 def _item_class(hint: Any) -> Any:
     """The dataclass of the items, for a tuple of sections."""
     arguments = typing.get_args(hint)
@@ -234,6 +247,9 @@ def _check_library_section(
         place = document.place((name, key))
         if key in owners:
             faults.append(Fault(place, value, f"This is decided by {owners[key]}.", "Set it there and remove it here."))
+        elif key not in fields and key in FORMER:
+            rule = f"{title} has no field of that name."
+            faults.append(Fault(place, value, rule, f"What is meant is {FORMER[key]}."))
         elif key not in fields:
             known = [field for field in fields if field not in owners]
             faults.append(_unknown(document, (name, key), value, known, f"{title} has no field of that name."))

@@ -97,6 +97,15 @@ OWNED_ELSEWHERE: dict[str, dict[str, str]] = {
 }
 """Section → keys of the library that are not written there, and where the same thing is decided."""
 
+FORMER = {
+    "max_seq_length": "data.max_length",
+    "evaluation_strategy": "training.eval_strategy",
+    "group_by_length": "training.train_sampling_strategy: group_by_length",
+    "warmup_ratio": "training.warmup_steps, where a number below 1 is a share of the steps",
+    "neftune_alpha": "training.neftune_noise_alpha",
+    "no_cuda": "training.use_cpu",
+}
+"""Names of older releases and other tools → what is written now."""
 UNMEASURED = {"classification": ("generate", "metrics", "max_new_tokens", "general"), "seq2seq": ("general",)}
 """`data.task` → keys of `evaluation` that say nothing there: a class is not written, and an answer is no text."""
 IDLE = {
@@ -157,6 +166,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
     ),
     "lora.loraplus_lr_ratio": (lambda v: v > 0, "A ratio of learning rates is above 0.", "Write 16, say."),
     "training.learning_rate": (lambda v: 0 < v < 10, "A learning rate lies above 0 and below 10.", "Write 2e-4, say."),
+    "training.weight_decay": (lambda v: v >= 0, "Below 0 it would make weights grow.", "Write 0.01, say, or 0."),
     "training.num_train_epochs": (
         lambda v: 0 < v < math.inf,
         "At least part of an epoch is trained, and the last one ends.",

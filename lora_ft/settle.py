@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from lora_ft.evaluation.metrics import check_metrics
 from lora_ft.libraries import load_libraries, quiet_libraries
 from lora_ft.model.load import find_config, load_tokenizer
 from lora_ft.model.machine import Machine, choose_settings, settle_validation
-from lora_ft.model.planning import RecipePlan, plan_memory, refuse_unfit
+from lora_ft.model.planning import AUTO, RecipePlan, plan_memory, refuse_unfit
 from lora_ft.model.stored import check_export, check_tokens
 from lora_ft.sections import Recipe
 from lora_ft.training.distributed import Launch, check_launch, describe_hardware, settle_launch
@@ -29,6 +30,9 @@ from lora_ft.training.trackers import check_trackers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+MANY_ROWS = 10**9
+"""So many that no setting is out of reach."""
 
 
 def settle_recipe(recipe: Recipe, machine: Machine, launch: Launch) -> Recipe:
@@ -62,6 +66,7 @@ def fit_recipe(
     recipe = settle_validation(recipe, len(splits.validation))
     raise_faults([*check_steering(recipe), *check_export(recipe, base_folder)])
     planned = plan_memory(recipe, base_folder, describe_hardware(machine, launch), splits.longest_row)
+    check_launch(launch, planned.recipe)  # once more: a batch size may have been chosen
     check_tokens(recipe, base_folder, tokenizer, splits)
     refuse_unfit(planned)
     return planned
@@ -80,6 +85,16 @@ def build_arguments(recipe: Recipe, num_rows: int) -> Any:
     refuse_unstartable(arguments, num_rows)
     raise_faults(check_reach(arguments, num_rows))
     return arguments
+
+
+def check_arguments(recipe: Recipe) -> None:
+    """Nothing, if a training with these settings can start, however many rows there will be.
+
+    Raises:
+        UserError: the library refuses them, or would at the first step.
+    """
+    sizes = {"per_device_train_batch_size": 1} if recipe.training.get("per_device_train_batch_size") == AUTO else {}
+    build_arguments(replace(recipe, training={**recipe.training, **sizes}), MANY_ROWS)
 
 
 def check_recipe(recipe: Recipe, machine: Machine, launch: Launch) -> tuple[RecipePlan, AuditReport]:

@@ -22,7 +22,7 @@ import yaml
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from lora_ft.data.sources import find_source, read_examples
+from lora_ft.data.sources import Usage, find_source, read_examples
 from lora_ft.errors import Fault, UserError
 from lora_ft.recipe import dump_recipe, load_recipe
 from lora_ft.sections import SourceSection
@@ -164,7 +164,7 @@ def read_data(folder: Path, seen: Seen, suffix: str, raw: bytes) -> None:
     path.write_bytes(raw)
     try:
         source = find_source(SourceSection(str(path)))
-        for found in read_examples(source, "auto", chat=True):
+        for found in read_examples(source, "auto", True, Usage()):
             seen.counts["rows at fault" if isinstance(found, Fault) else "rows read"] += 1
             str(found) if isinstance(found, Fault) else found.to_json()
         seen.counts["files read"] += 1

@@ -217,3 +217,36 @@ def test_what_is_said_in_another_encoding_is_refused(monkeypatch, errors):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hello\ngr\xfc\xdf dich\n"), "utf-8", errors))
     with pytest.raises(UserError, match="must be UTF-8"):
         list(_read_lines(quiet=True))
+
+
+def test_check_refuses_what_train_refuses_under_strict(recipe_file, capsys):
+    """A gate built on `check` holds."""
+    strict = ["data.strict=true", "data.max_length=42"]
+    assert main(["check", str(recipe_file()), *strict]) == 2
+    assert "data.strict refuses them." in capsys.readouterr().out
+    assert main(["check", str(recipe_file()), "--json", *strict]) == 2
+    assert json.loads(capsys.readouterr().out)["ok"] is False
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("training.label_smoothing_factor=0.1", "label_smoothing_factor"),
+        ("training.lr_scheduler_type=cosin", "SchedulerType"),
+        ("training.weight_decay=-1", "weight_decay"),
+        ("training.max_seq_length=64", "data.max_length"),
+        ("training.warmup_ratio=0.1", "warmup_steps"),
+    ],
+)
+@pytest.mark.parametrize("flags", [[], ["--no-data"]], ids=["data", "no data"])
+def test_check_refuses_what_no_training_starts_from(recipe_file, capsys, setting, expected, flags):
+    assert main(["check", str(recipe_file()), setting, *flags]) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_an_adapter_is_not_merged_at_nothing(tmp_path, capsys):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    assert main(["merge", f"{adapter}=0", "--out", str(tmp_path / "merged")]) == 2
+    assert "would do nothing" in capsys.readouterr().err

@@ -107,6 +107,8 @@ class AuditReport:
     """Rows by the script they begin in."""
     checks: tuple[Check, ...]
     """What was looked for, in order of weight."""
+    is_strict: bool = False
+    """Whether warnings end a training."""
 
     @property
     def warnings(self) -> tuple[Check, ...]:
@@ -133,6 +135,7 @@ def audit_splits(splits: Splits, section: DataSection, tokenizer: PreTrainedToke
     text_checks, scripts = check_texts(splits, tokenizer)
     checks = [
         *check_losses(splits.report, section),
+        *check_reading(splits.report),
         *check_copies(splits),
         *check_begin(splits, tokenizer),
         *text_checks,
@@ -141,7 +144,7 @@ def audit_splits(splits: Splits, section: DataSection, tokenizer: PreTrainedToke
     weight = {"warning": 0, "note": 1, "ok": 2}
     ordered = sorted(checks, key=lambda check: weight[check.verdict])
     measured = {name: found for name, found in lengths.items() if found is not None}
-    return AuditReport(splits.report, measured, dict(labels), dict(scripts), tuple(ordered))
+    return AuditReport(splits.report, measured, dict(labels), dict(scripts), tuple(ordered), section.strict)
 
 
 def judge(name: str, count: int, found: Verdict, meaning: str, places: Sequence[str] = ()) -> Check:
@@ -188,6 +191,18 @@ def check_losses(report: DataReport, section: DataSection) -> list[Check]:
         lost("rows without a supervised token", "num_dropped_unsupervised", "warning", f"Left out. {longer}"),
         lost("rows truncated", "num_truncated", "note", f"They lost tokens. {longer}"),
         judge("splits asked for and empty", num_empty, "warning", "Nothing can be measured there. Give more rows."),
+    ]
+
+
+def check_reading(report: DataReport) -> list[Check]:
+    """What rows hold beside what is read of them, and rows that were read in more than one way."""
+    formats, unread = (
+        ", ".join(f"{name} ({count:,})" for name, count in counts.items()) for counts in (report.formats, report.unread)
+    )
+    several = len(report.formats) if len(report.formats) > 1 else 0
+    return [
+        judge("columns not read", len(report.unread), "note", f"No token of them is seen or learned: {unread}."),
+        judge("formats of rows", several, "note", f"Is each meant to be learned? {formats}."),
     ]
 
 

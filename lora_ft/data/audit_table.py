@@ -107,4 +107,5 @@ def _sum_up(report: AuditReport) -> Text:
     if not report.warnings:
         return Text(f"No warnings, {noted}", "green")
     warned = f"{len(report.warnings)} {'warning' if len(report.warnings) == 1 else 'warnings'}"
-    return Text(f"{warned}, {noted} data.strict: true refuses warnings.", "bold red")
+    strict = "data.strict refuses them." if report.is_strict else "data.strict: true refuses warnings."
+    return Text(f"{warned}, {noted} {strict}", "bold red")

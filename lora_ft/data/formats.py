@@ -36,6 +36,9 @@ def from_sharegpt(fields: Fields, place: str, chat: bool) -> Example:
 def from_alpaca(fields: Fields, place: str, chat: bool) -> Example:
     """`instruction`, `output`, and where there are any `input` and `system`."""
     instruction, answer = require_text(fields, "instruction"), require_text(fields, "output")
+    if fields.get("history"):
+        rule = "Turns before the instruction are not read from Alpaca's form."
+        raise BadRow("history", fields["history"], rule, "Write the row as messages.")
     extra, system = read_text(fields, "input"), read_text(fields, "system")
     question = f"{instruction}\n\n{extra}" if extra.strip() else instruction
     parts = [system] if system else []
@@ -46,9 +49,13 @@ def from_alpaca(fields: Fields, place: str, chat: bool) -> Example:
 
 
 def from_prompt_completion(fields: Fields, place: str, chat: bool) -> Example:
-    """`prompt` and `completion`: two texts that are joined as they are, or two lists of messages."""
+    """`prompt` and `completion`: two texts that are joined as they are, or two lists of messages, with `system`."""
     prompt, completion = fields["prompt"], fields["completion"]
+    system = read_text(fields, "system")
     if isinstance(prompt, str) and isinstance(completion, str):
+        if system.strip():
+            rule = "A prompt that is a text is taken as it is, and has no place for a system message."
+            raise BadRow("system", system, rule, "Write it into the prompt, or give messages.")
         answer = require_text(fields, "completion")
         return Example(place, prompt=read_text(fields, "prompt"), completion=answer)
     for field, value in (("prompt", prompt), ("completion", completion)):
@@ -57,20 +64,22 @@ def from_prompt_completion(fields: Fields, place: str, chat: bool) -> Example:
     if not isinstance(prompt, (list, tuple)) or not isinstance(completion, (list, tuple)):
         rule = "Prompt and completion are both texts or both lists of messages."
         raise BadRow("prompt", f"{type(prompt).__name__} and {type(completion).__name__}", rule, "Write them alike.")
-    example = read_conversation(place, [*prompt, *completion], "prompt + completion", fields.get("tools"))
-    if example.answers[-1] < len(prompt):
+    example = read_conversation(place, [*prompt, *completion], "prompt + completion", fields.get("tools"), system)
+    begun = len(example.messages) - len(completion)
+    if example.answers[-1] < begun:
         raise BadRow("completion", None, "The completion holds no answer to learn.", "Add a message of the assistant.")
-    read_only = [index for index in example.answers if index < len(prompt)]
+    read_only = [index for index in example.answers if index < begun]
     return replace(example, muted=tuple(sorted({*read_only, *example.muted})))
 
 
 def from_qa(fields: Fields, place: str, chat: bool) -> Example:
-    """`question` and `answer`, and where there is one `context`, which alone is shortened in rows that are too long."""
+    """`question` and `answer`, and where there are any `system` and `context`, which alone is shortened."""
     question, answer = require_text(fields, "question"), require_text(fields, "answer")
-    context = read_text(fields, "context")
+    context, system = read_text(fields, "context"), read_text(fields, "system")
     asked = f"{context}\n\n{question}" if context.strip() else question
     read = f"context: {context}\n" if context.strip() else ""
-    return _exchange(place, asked, answer, f"question: {question}\n{read}answer:\n", chat, context=context)
+    plain = f"{system}\n\n" * bool(system) + f"question: {question}\n{read}answer:\n"
+    return _exchange(place, asked, answer, plain, chat, system, context=context)
 
 
 def from_squad(fields: Fields, place: str, chat: bool) -> Example:
@@ -107,10 +116,10 @@ class Format:
 FORMATS = {
     "messages": Format(("messages",), ("tools",), from_messages),
     "sharegpt": Format(("conversations",), ("system", "tools"), from_sharegpt),
-    "prompt_completion": Format(("prompt", "completion"), ("tools",), from_prompt_completion),
-    "alpaca": Format(("instruction", "output"), ("input", "system"), from_alpaca),
-    "qa": Format(("question", "answer"), ("context",), from_qa),
-    "squad": Format(("context", "question", "text"), (), from_squad),
+    "prompt_completion": Format(("prompt", "completion"), ("system", "tools"), from_prompt_completion),
+    "alpaca": Format(("instruction", "output"), ("input", "system", "history"), from_alpaca),
+    "qa": Format(("question", "answer"), ("context", "system"), from_qa),
+    "squad": Format(("context", "question", "text"), ("system",), from_squad),
     "classification": Format(("text", "label"), (), from_classification),
     "text": Format(("text",), (), from_text),
 }

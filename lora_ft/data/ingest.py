@@ -12,7 +12,7 @@ import xxhash
 
 from lora_ft.data.example import Example
 from lora_ft.data.privacy import redact_example
-from lora_ft.data.sources import Source, read_examples
+from lora_ft.data.sources import Source, Usage, read_examples
 from lora_ft.data.split import OPEN, SPLITS, RowIndex
 from lora_ft.data.store import ExampleFile, chunked
 from lora_ft.errors import Fault, UserError
@@ -67,6 +67,8 @@ class Ingest:
         """Bad rows."""
         self.redacted: Counter[str] = Counter()
         """Stretches of private data that were masked, by kind."""
+        self.usage = Usage()
+        """What rows were read as."""
 
     def read_chunks(self, path: Path) -> Iterator[list[Example]]:
         """The Examples, CHUNK_ROWS at a time, when they are in the file `path`; none any more once rows are refused."""
@@ -97,7 +99,7 @@ class Ingest:
     def _read_good(self) -> Iterator[tuple[int, Example, bytes]]:
         """The number of its source, each Example, and its JSON; Faults, and Examples that have no JSON, are counted."""
         for number, source in enumerate(self._sources):
-            for item in read_source(source, self._section, self._is_chat, self.redacted):
+            for item in read_source(source, self._section, self._is_chat, self.redacted, self.usage):
                 if isinstance(item, Fault):
                     self._skip(item)
                     continue
@@ -118,11 +120,11 @@ def find_fixed(source: Source) -> int:
 
 
 def read_source(
-    source: Source, section: DataSection, is_chat: bool, redacted: Counter[str]
+    source: Source, section: DataSection, is_chat: bool, redacted: Counter[str], usage: Usage
 ) -> Iterator[Example | Fault]:
-    """The Examples of one source, redacted where the recipe says so."""
+    """The Examples of one source, redacted where the recipe says so; `redacted` and `usage` are counted on."""
     format_name = "classification" if section.task == "classification" else source.section.format
-    found = read_examples(source, format_name, is_chat and section.task == "sft")
+    found = read_examples(source, format_name, is_chat and section.task == "sft", usage)
     if not section.redact:
         return found
     return (item if isinstance(item, Fault) else redact_example(item, redacted) for item in found)

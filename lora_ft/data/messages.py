@@ -67,6 +67,9 @@ def read_message(row: object, where: str) -> dict[str, Any]:
 def _read_extras(message: dict[str, Any], where: str) -> None:
     """Tool calls and thinking in their usual form; an empty list of calls is taken out."""
     calls = read_json_field(message.pop("tool_calls", None), where + "tool_calls")
+    alone = read_json_field(message.pop("function_call", None), where + "function_call")
+    if alone is not None and not calls:
+        calls = [alone]  # OpenAI's older form, of one call
     if calls is not None and not isinstance(calls, (list, tuple)):
         raise BadRow(where + "tool_calls", calls, "Tool calls are a list.", 'Write [{"function": {"name": …}}].')
     if calls:

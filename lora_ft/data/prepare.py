@@ -29,7 +29,8 @@ from lora_ft.data.tasks import build_task
 from lora_ft.data.tokens import Documents, copy_documents, pack_documents, seldom_collected, write_documents
 from lora_ft.errors import UserError
 from lora_ft.fingerprint import hash_json
-from lora_ft.sections import DataSection, SourceSection
+from lora_ft.recipe import build_options
+from lora_ft.sections import DataSection
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -60,7 +61,7 @@ def build_splits(section: DataSection, tokenizer: PreTrainedTokenizerBase, base_
 def check_data(
     section: DataSection, tokenizer: PreTrainedTokenizerBase, base_folder: Path | None = None
 ) -> tuple[Splits, AuditReport]:
-    """A recipe's data, prepared, and their audit; warnings are reported, whatever `strict` says."""
+    """A recipe's data, prepared, and their audit, which may hold warnings that `strict` refuses."""
     splits = build_splits(replace(section, strict=False), tokenizer, base_folder)
     return splits, audit_splits(splits, section, tokenizer)
 
@@ -74,12 +75,15 @@ def prepare_dataset(
     `options` are fields of `DataSection` (max_length, train_on, truncation, packing, on_bad_row …).
 
         rows = prepare_dataset(load_dataset("json", data_files="mine.jsonl", split="train"), tokenizer, max_length=512)
+
+    Raises:
+        UserError: an option that DataSection does not take, bad rows, or nothing left to train on.
     """
-    source = SourceSection("rows", format=format, split="train")
-    section = DataSection(sources=(source,), **options)
+    source = {"path": "rows", "format": format, "split": "train"}
+    section = build_options(DataSection, {**options, "sources": [source]}, "prepare_dataset")
     check_section(section)
     lasting = list(rows) if isinstance(rows, Iterator) else rows  # they are gone through twice: hashed, and read
-    return build_from([Source(source, rows=lasting)], section, tokenizer).train
+    return build_from([Source(section.sources[0], rows=lasting)], section, tokenizer).train
 
 
 def build_from(sources: Sequence[Source], section: DataSection, tokenizer: PreTrainedTokenizerBase) -> Splits:
@@ -126,6 +130,8 @@ def prepare_folder(
         num_left_out_balance=int((dealt == LEFT_OUT_BALANCE).sum()),
         splits=reports,
         redacted=dict(ingest.redacted),
+        formats=dict(ingest.usage.formats),
+        unread={column: count for column, count in ingest.usage.unread.items() if count},
         labels=labels,
         faults=tuple(str(fault) for fault in faults.first),
     )

@@ -22,7 +22,7 @@ from rich.text import Text
 from lora_ft.data.check import check_section
 from lora_ft.data.ingest import read_source
 from lora_ft.data.render import IGNORE_INDEX, Document, Renderer
-from lora_ft.data.sources import find_source
+from lora_ft.data.sources import Usage, find_source
 from lora_ft.data.tasks import build_task
 from lora_ft.errors import Fault, UserError
 from lora_ft.sections import DataSection
@@ -86,7 +86,7 @@ def preview_rows(
     check_section(section)
     renderer = Renderer(tokenizer, section)
     sources = [find_source(source, base_folder) for source in section.sources]
-    found = (item for source in sources for item in read_source(source, section, renderer.is_chat, Counter()))
+    found = (item for source in sources for item in read_source(source, section, renderer.is_chat, Counter(), Usage()))
     views: list[RowView] = []
     for item in found:
         if isinstance(item, Fault):

@@ -57,6 +57,10 @@ class DataReport:
     """Stretches of private data that were masked, by kind."""
     labels: tuple[str, ...] = ()
     """Names of the classes, in the order of their numbers."""
+    formats: Mapping[str, int] = field(default_factory=dict)
+    """Rows by the format they were read in."""
+    unread: Mapping[str, int] = field(default_factory=dict)
+    """Rows that hold something in a column that their format does not read, by column."""
     faults: tuple[str, ...] = ()
     """The first bad rows, as messages."""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from glob import escape, glob, has_magic
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from lora_ft.builtin import is_builtin, locate_data
 from lora_ft.data.example import Example
 from lora_ft.data.files import Row, Rows, drop_fillers
-from lora_ft.data.formats import convert_row, find_format
+from lora_ft.data.formats import FORMATS, convert_row, find_format
 from lora_ft.data.readers import read_file
 from lora_ft.errors import Fault, UserError, raise_faults
 from lora_ft.fingerprint import hash_file, hash_json
@@ -162,11 +163,31 @@ def number_rows(rows: Iterable[Any], name: str) -> Rows:
         yield Row(f"{name}:{number}", drop_fillers(fields) if is_typed else fields)
 
 
-def read_examples(source: Source, format_name: str, chat: bool) -> Iterator[Example | Fault]:
+class Usage:
+    """What rows were read as, and which of their columns no format reads."""
+
+    def __init__(self) -> None:
+        self.formats, self.unread = Counter[str](), Counter[str]()
+        """Rows by format; rows that hold something in a column, by column."""
+
+    def note(self, fields: object, name: str) -> None:
+        """One more row that was read in the format `name`."""
+        if name in FORMATS and isinstance(fields, Mapping):
+            self.formats[name] += 1
+            form = FORMATS[name]
+            for column in fields.keys() - {*form.required, *form.optional}:
+                self.unread[column] += fields[column] not in (None, "", [], {})
+
+
+def read_examples(source: Source, format_name: str, chat: bool, usage: Usage) -> Iterator[Example | Fault]:
     """An Example for every row, or what is wrong with it; with `auto`, a file's first row tells the format of all."""
     for rows in source.read():
         name = format_name
         for row in rows:
-            if name == "auto" and isinstance(row, Row) and isinstance(row.fields, dict):
+            if isinstance(row, Fault):
+                yield row
+                continue
+            if name == "auto" and isinstance(row.fields, dict):
                 name = find_format(row.fields) or "auto"
-            yield row if isinstance(row, Fault) else convert_row(row.fields, row.place, name, chat)
+            usage.note(row.fields, name)
+            yield convert_row(row.fields, row.place, name, chat)

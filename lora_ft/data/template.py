@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_ft.data.example import Message
 from lora_ft.data.fields import BadRow, shorten
-from lora_ft.errors import UserError
+from lora_ft.errors import Fault, UserError, raise_faults
 from lora_ft.sections import DataSection
 
 if TYPE_CHECKING:
@@ -67,6 +67,28 @@ class ChatTemplate:
         """The conversation, and the (start, end) of each stretch inside the template's generation marks."""
         return self._guard(self._render_tracked, messages, tools, prompt)
 
+    def refuse_unread(self, names: Iterable[str], sources: Sequence[str]) -> None:
+        """Nothing when one of the `sources` reads each variable.
+
+        Raises:
+            UserError: a name that changes nothing.
+        """
+        from jinja2.meta import find_undeclared_variables
+
+        parse = self._compiled.environment.parse
+        known = set().union(*(find_undeclared_variables(parse(source)) for source in sources))
+        mine = sorted(known - {"messages", "tools", "add_generation_prompt", *self._compiled.globals})
+        raise_faults(
+            Fault(
+                f"data.template_kwargs.{name}",
+                None,
+                f"The chat template reads no variable of that name. It reads {', '.join(mine) or 'none'}.",
+                "Correct the name, or remove it.",
+            )
+            for name in names
+            if name not in known
+        )
+
     def _render_tracked(self, values: dict[str, Any]) -> tuple[str, list[tuple[int, int]]]:
         blocks: list[str] = []
         marks: list[tuple[int, int]] = []
@@ -115,11 +137,16 @@ def load_template(tokenizer: PreTrainedTokenizerBase, section: DataSection, tool
     """The chat template of the recipe, or else of the tokenizer, where some have one more for `tools`; None without."""
     if section.chat_template is not None:
         source = read_template(Path(section.chat_template))
+        others = [source]
     elif tokenizer.chat_template is not None:
         source = tokenizer.get_chat_template(tools=[{}] if tools else None)
+        named = tokenizer.chat_template
+        others = list(named.values()) if isinstance(named, dict) else [source]
     else:
         return None
-    return ChatTemplate(source, tokenizer, section.template_kwargs)
+    template = ChatTemplate(source, tokenizer, section.template_kwargs)
+    template.refuse_unread(section.template_kwargs, others)
+    return template
 
 
 def read_template(path: Path) -> str:

@@ -246,7 +246,9 @@ def _find_unwatched(evidence: Evidence) -> Iterator[Finding]:
     points = len(evidence.curves.train)
     if points < FEW_POINTS:
         because = f"The training loss was logged {points} times: too few to tell whether it was still falling."
-        yield Finding("not measured", because, "Train longer, or log more often (training.logging_steps: 1).")
+        is_each = points == evidence.curves.train[-1].step if points else False
+        rarely = "" if is_each else ", or log more often (training.logging_steps: 1)"
+        yield Finding("not measured", because, f"Train longer{rarely}.")
 
 
 CAUSES: tuple[Callable[[Evidence], Iterator[Finding]], ...] = (

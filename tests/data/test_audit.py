@@ -3,6 +3,7 @@
 import io
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -11,7 +12,7 @@ from lora_ft.data.audit import LEAKS, find_script
 from lora_ft.data.audit_table import print_audit
 from lora_ft.data.prepare import check_data
 from lora_ft.data.split import SPLITS
-from lora_ft.sections import SplitSection
+from lora_ft.sections import SourceSection, SplitSection
 from tests.data.bases import make_tokenizer
 
 NAMES = ["amber", "birch", "cedar", "delta", "ember", "flint", "grove", "heron", "islet", "jetty"]
@@ -166,3 +167,18 @@ def test_real_data_is_audited(shared_data, write_rows):
         source = replace(section.sources[0], path=str(shared_data / name), weight=1.0 if "SMS" in name else 0.2)
         report = check_data(replace(section, sources=(source,)), make_tokenizer("chatml"))[1]
         assert {check.name for check in report.warnings} == warnings
+
+
+def test_columns_and_formats_beside_what_is_read_are_noted(write_rows):
+    rows = [{"question": f"what is {n}?", "answer": f"red {n}", "id": n, "note": None} for n in range(20)]
+    report = audit(write_rows, rows)
+    (unread,) = [check for check in report.checks if check.name == "columns not read"]
+    assert (unread.count, unread.verdict) == (1, "note") and "id (20)" in unread.meaning
+    assert count(report, "formats of rows") == 0
+    section = write_rows(rows)
+    notes = Path(section.sources[0].path).with_name("notes.txt")
+    notes.write_text("a note\n")
+    mixed = replace(section, sources=(*section.sources, SourceSection(str(notes))))
+    _, report = check_data(mixed, make_tokenizer("chatml"))
+    (formats,) = [check for check in report.checks if check.name == "formats of rows"]
+    assert formats.count == 2 and "qa (20), text (1)" in formats.meaning

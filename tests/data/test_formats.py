@@ -170,3 +170,42 @@ def test_tool_calls_that_are_no_list_are_named(calls):
     rows = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "tool_calls": calls}]
     fault = convert_row({"messages": rows}, "rows:1", "auto", True)
     assert isinstance(fault, Fault) and fault.place == "rows:1  messages[1].tool_calls" and "a list" in fault.rule
+
+
+def test_the_older_form_of_a_call_is_a_call():
+    call = {"name": "look", "arguments": '{"at": "Paris"}'}
+    row = {
+        "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": None, "function_call": call}]
+    }
+    example = convert_row(row, "rows:1", "auto", True)
+    assert example.messages[1]["tool_calls"] == [
+        {"type": "function", "function": {"name": "look", "arguments": {"at": "Paris"}}}
+    ]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "what?", "answer": "red"},
+        {"context": "it is red", "question": "what?", "text": "red"},
+        {"prompt": [{"role": "user", "content": "what?"}], "completion": [{"role": "assistant", "content": "red"}]},
+    ],
+    ids=["qa", "squad", "prompt_completion"],
+)
+def test_a_system_message_beside_a_row_is_read(row):
+    example = convert_row({"system": "be brief", **row}, "rows:1", "auto", True)
+    assert example.messages[0] == {"role": "system", "content": "be brief"} and example.muted == ()
+    plain = convert_row({"system": "be brief", **row}, "rows:1", "auto", False)
+    assert "be brief" in plain.text
+
+
+@pytest.mark.parametrize(
+    ("row", "field"),
+    [
+        ({"system": "be brief", "prompt": "what?", "completion": "red"}, "system"),
+        ({"instruction": "what?", "output": "red", "history": [["hi", "hello"]]}, "history"),
+    ],
+)
+def test_what_a_format_has_no_place_for_is_named(row, field):
+    fault = convert_row(row, "rows:1", "auto", True)
+    assert isinstance(fault, Fault) and fault.place == f"rows:1  {field}"

@@ -277,7 +277,8 @@ def test_the_same_data_is_prepared_once(write_rows, builds):
 
 
 @pytest.mark.parametrize(
-    "options", [{"max_length": 33}, {"train_on": "all"}, {"template_kwargs": {"x": 1}}, {"split": SplitSection(seed=1)}]
+    "options",
+    [{"max_length": 33}, {"train_on": "all"}, {"template_kwargs": {"bos_token": "x"}}, {"split": SplitSection(seed=1)}],
 )
 def test_other_options_give_another_fingerprint(write_rows, options):
     tokenizer = make_tokenizer("llama3")
@@ -397,3 +398,23 @@ def test_small_chunks_are_written_together(tmp_path):
 @given(st.text(st.sampled_from([chr(number) for number in range(128)] + list("ßİé   \n"))))
 def test_ascii_is_normalised_as_all_text_is(text):
     assert _normalise(text) == " ".join(text.split()).casefold().encode()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"train_on": "answers"},
+        {"truncation": "keep-end"},
+        {"on_bad_row": "raise"},
+        {"task": "sfft"},
+        {"packing": "yes"},
+        {"max_len": 3},
+        {"max_length": "64"},
+        {"template_kwargs": {"enable_thinkng": False}},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_options_from_a_program_are_held_to_what_recipes_are(options):
+    rows = [chat("What?", "That.")] * 3
+    with pytest.raises(UserError, match=next(iter(options))):
+        prepare_dataset(rows, make_tokenizer("qwen3"), **options)

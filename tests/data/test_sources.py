@@ -9,7 +9,7 @@ import pytest
 
 from lora_ft.data.example import Example
 from lora_ft.data.files import Row
-from lora_ft.data.sources import Source, find_source, read_examples
+from lora_ft.data.sources import Source, Usage, find_source, read_examples
 from lora_ft.errors import Fault, UserError
 from lora_ft.sections import SourceSection
 
@@ -157,7 +157,7 @@ def test_the_fingerprint_follows_the_bytes(folder):
 def test_the_first_row_of_a_file_tells_the_format_of_all(folder):
     for name, rows in {"x": [{"text": "a", "label": "b"}, {"text": "c"}], "y": [ROW, {"text": "d"}]}.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = list(read_examples(find_source(SourceSection(str(folder / "[xy].jsonl"))), "auto", chat=True))
+    found = list(read_examples(find_source(SourceSection(str(folder / "[xy].jsonl"))), "auto", True, Usage()))
     assert [type(item) for item in found] == [Example, Fault, Example, Fault]
     assert found[1].place.endswith("x.jsonl:2") and "Format classification" in found[1].rule
     assert found[3].place.endswith("y.jsonl:2") and "missing: prompt, completion" in found[3].rule
@@ -169,7 +169,7 @@ def test_real_data_is_read_whole(shared_data):
     raw = [line.split("\t", 1) for line in (shared_data / "SMSSpamCollection.tsv").read_text("utf-8").splitlines()]
     assert [[row.fields["label"], row.fields["text"]] for row in spam] == raw
     source = find_source(SourceSection(str(shared_data / "gsm8k_train.json")))
-    examples = list(read_examples(source, "auto", chat=True))
+    examples = list(read_examples(source, "auto", True, Usage()))
     expected = json.loads(Path(shared_data / "gsm8k_train.json").read_text("utf-8"))
     assert [example.reference for example in examples] == [row["output"] for row in expected]
     assert examples[1].place.endswith("gsm8k_train.json:7")
