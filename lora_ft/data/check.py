@@ -47,7 +47,7 @@ def _check_source(source: SourceSection, place: str, task: str) -> Iterator[Faul
         rule = "Rows to classify have the format classification (text, label)."
         yield Fault(f"{place}.format", source.format, rule, "Map the columns with data.sources[].columns.")
     forms = [FORMATS[source.format]] if source.format in FORMATS else FORMATS.values()
-    fields = sorted({field for form in forms for field in (*form.required, *form.optional)})
+    fields = sorted({field for form in forms for field in form.columns})
     for field in source.columns:
         if field not in fields:
             rule = f"This is no field of the format {source.format}: {', '.join(fields)}."

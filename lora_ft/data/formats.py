@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from lora_ft.data.example import ANSWERING_ROLE, Example
 from lora_ft.data.fields import BadRow, Fields, read_text, require_text
@@ -111,6 +112,11 @@ class Format:
     """Columns that are read where they are there."""
     convert: Callable[[Fields, str, bool], Example]
     """The Example of a row: takes its columns, its place, and whether the base has a chat template."""
+
+    @cached_property
+    def columns(self) -> frozenset[str]:
+        """All that are read."""
+        return frozenset((*self.required, *self.optional))
 
 
 FORMATS = {

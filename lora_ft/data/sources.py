@@ -174,8 +174,7 @@ class Usage:
         """One more row that was read in the format `name`."""
         if name in FORMATS and isinstance(fields, Mapping):
             self.formats[name] += 1
-            form = FORMATS[name]
-            for column in fields.keys() - {*form.required, *form.optional}:
+            for column in fields.keys() - FORMATS[name].columns:
                 self.unread[column] += fields[column] not in (None, "", [], {})
 
 

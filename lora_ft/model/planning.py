@@ -97,11 +97,8 @@ def plan_memory(recipe: Recipe, base_folder: Path, hardware: Hardware, longest: 
     work = replace(work, quantization=read_stored(base_folder) or work.quantization)
     recipe, work = _settle_checkpointing(*_settle_batch(recipe, work, profile, hardware), profile, hardware)
     plan = plan_step(profile, work, hardware)
-    if not plan.fits:
-        step = Step(profile, work, hardware)
-        changes = find_changes(step, (recipe.lora or {}).get("r", 8), partial(_takes, recipe))
-    else:
-        changes = ()
+    step, rank = Step(profile, work, hardware), (recipe.lora or {}).get("r", 8)
+    changes = () if plan.fits else find_changes(step, rank, partial(_takes, recipe))
     return RecipePlan(recipe, work, plan, changes)
 
 

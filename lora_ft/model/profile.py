@@ -99,12 +99,8 @@ def profile_model(
     count = partial(_count, config, getattr(torch, dtype), lora, skip_modules, task, trust_remote_code)
     try:
         return count("profile")
-    except (
-        KeyError,
-        AttributeError,
-        RuntimeError,
-    ):  # some know attentions by name, and only those, or make their masks
-        return count("eager")
+    except (KeyError, AttributeError, RuntimeError):
+        return count("eager")  # some know attentions by name, and only those, or make masks of their own
 
 
 def _count(
