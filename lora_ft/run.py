@@ -27,6 +27,7 @@ from lora_ft.recipe_rules import EARLY_STOPPING, LORAPLUS
 from lora_ft.sections import Recipe
 from lora_ft.settle import build_arguments, fit_recipe, settle_recipe
 from lora_ft.training.distributed import Launch, end_sharding, read_launch
+from lora_ft.training.identity import refuse_disunity
 from lora_ft.training.run_folder import (
     RunFolder,
     check_run_folder,
@@ -92,7 +93,7 @@ def run_recipe(
         fresh=fresh,
         warm=warm_start,
     )
-    trainer = prepare_trainer(recipe, base, tokenizer, splits, warm_start=run.warm_start, quiet=quiet)
+    trainer = prepare_trainer(recipe, base, tokenizer, splits, run, quiet=quiet)
     check_space(run, recipe, count_trainable(trainer.model), base.num_bytes)
     manifest = describe_run(recipe, base, splits, launch) | {
         "trainable_parameters": count_trainable(trainer.model),
@@ -152,14 +153,22 @@ def prepare_trainer(
     base: BaseIdentity,
     tokenizer: PreTrainedTokenizerBase,
     splits: Splits,
+    run: RunFolder | None = None,
     *,
-    warm_start: Path | None = None,
     quiet: bool = False,
 ) -> LoraTrainer:
-    """Base, adapter and trainer. The arguments come first: under ZeRO-3 they say how the base is read."""
+    """Base, adapter and trainer. The arguments come first: ranks meet then, and under ZeRO-3 they say how the base is
+    read.
+
+    Raises:
+        UserError: the base or the adapter cannot be read, the arguments are refused, or ranks differ in the run they
+            are about to train.
+    """
     from lora_ft.tasks import TASKS, read_base
 
     steps, arguments = TASKS[recipe.data.task], build_arguments(recipe, len(splits.train))
+    if run is not None:
+        refuse_disunity(run.identity)
     if recipe.model.adapter is not None:
         refuse_other_base(Path(recipe.model.adapter), base, TASK_TYPES[recipe.data.task])
     model = read_base(recipe, base, tokenizer, splits)
@@ -171,8 +180,8 @@ def prepare_trainer(
         adapter=recipe.model.adapter,
         base_folder=base.folder,
     )
-    if warm_start is not None:
-        load_weights(model, warm_start)
+    if run is not None and run.warm_start is not None:
+        load_weights(model, run.warm_start)
     return steps.build_trainer(
         model,
         tokenizer,

@@ -19,12 +19,12 @@ NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_
 pytestmark = pytest.mark.distributed
 
 
-def launch(config: str, *words, timeout: int = 240) -> subprocess.CompletedProcess:
-    """`accelerate launch` on scripts/sft.py, as the README has it."""
+def launch(config: str, *words, script: str = "scripts/sft.py", timeout: int = 240) -> subprocess.CompletedProcess:
+    """`accelerate launch` on scripts/sft.py, as the README has it, or on another script."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{config}.yaml"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     return subprocess.run(
-        [*command, "scripts/sft.py", *map(str, words)],
+        [*command, script, *map(str, words)],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -136,4 +136,19 @@ def test_fault_of_a_recipe_is_said_once_and_ends_the_launch(recipe_file, tmp_pat
     done = launch("cpu_ddp", recipe_file(lora={"r": 0}))
     assert done.returncode != 0
     assert done.stderr.count("A rank is at least 1.") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_ranks_that_would_train_two_runs_end_before_either(recipe_file, tmp_path):
+    """As where a machine has an older recipe; the second rank would answer other calls than the first one makes."""
+    script = tmp_path / "sft.py"
+    script.write_text(
+        "import os, runpy, sys\n"
+        "sys.argv += ['training.learning_rate=0.5', 'training.max_steps=7'] * (os.environ['RANK'] == '1')\n"
+        "runpy.run_path('scripts/sft.py', run_name='__main__')\n"
+    )
+    done = launch("cpu_ddp", recipe_file(), script=str(script))
+    assert done.returncode != 0
+    assert done.stderr.count("training.learning_rate: 0.005\n  Rank 1 has 0.5.") == 1
+    assert done.stderr.count("training.max_steps: 3\n  Rank 1 has 7.") == 1
     assert not (tmp_path / "run").exists()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lora_ft.errors import Fault
+from lora_ft.errors import Fault, raise_faults
 from lora_ft.fingerprint import hash_tensors
 from lora_ft.model.adapter import TENSORS_NAME
 from lora_ft.sections import Recipe
@@ -121,13 +121,49 @@ def find_changes(path: Path, manifest: dict[str, Any], base_fingerprint: str, da
         yield Fault("data", None, f"The run in {path} was trained on other rows, or on rows prepared otherwise.", fix)
 
 
+def refuse_disunity(identity: Identity) -> None:
+    """Nothing, if all ranks are about to train this run; they compare their settings, data and base here.
+
+    Each rank reads its own files and measures its own machine. Ranks that differ would wait for each other without end,
+    or make one adapter of two runs.
+
+    Raises:
+        UserError: names all that another rank has otherwise than the first one, on every rank.
+    """
+    from accelerate.utils import gather_object
+
+    raise_faults(_find_disunity([_list_settings(each) for each in gather_object([identity])]))
+
+
+def _find_disunity(ranks: Sequence[dict[str, Any]]) -> Iterator[Fault]:
+    """One fault for each setting in which the first rank that differs from rank 0 does so."""
+    rank, other = next((pair for pair in enumerate(ranks) if pair[1] != ranks[0]), (0, ranks[0]))
+    fix = "Give all machines the same recipe, data and base, and name what each of them measures, such as model.dtype."
+    for name in sorted({*ranks[0], *other}):
+        if ranks[0].get(name) != other.get(name):
+            yield Fault(name, ranks[0].get(name), f"Rank {rank} has {other.get(name)}.", fix)
+
+
+def _list_settings(identity: Identity) -> dict[str, Any]:
+    """All that a run is known by, as `section.key`."""
+    listed = {_name_setting(key): value for key, value in {**identity.extent, **identity.harmless}.items()}
+    for section, value in identity.decisive.items():
+        keys = value if isinstance(value, dict) else {}
+        listed |= {f"{section}.{key}": each for key, each in keys.items()} or {section: value}
+    return listed
+
+
+def _name_setting(key: str) -> str:
+    """What a recipe calls a setting that is kept by its key, unless that says its section already."""
+    return key if "." in key else f"training.{key}"
+
+
 def describe_changes(old: Identity, new: Identity) -> Iterator[str]:
     """A line for each setting that has changed and may: `training.save_steps: 5 → 10`."""
     for before, after in ((old.extent, new.extent), (old.harmless, new.harmless)):
         for key in sorted({*before, *after}):
             if before.get(key) != after.get(key):
-                name = key if "." in key else f"training.{key}"
-                yield f"{name}: {before.get(key)} → {after.get(key)}"
+                yield f"{_name_setting(key)}: {before.get(key)} → {after.get(key)}"
 
 
 def _hash_adapter(folder: str | None) -> str | None:
