@@ -7,7 +7,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/lora-ft train recipes/quickstart.yaml --fresh
 
 test: $(VENV)/.installed-for-tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.installed-for-tests
 	$(BIN)/python -m pytest -m slow

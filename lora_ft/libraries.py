@@ -49,7 +49,7 @@ def load_libraries(*others: str) -> None:
     if sys.modules.keys() >= {"bitsandbytes", "peft", *others}:
         return
     with garbage_kept():
-        with _no_compiler():
+        with _no_compiler(), _no_fetched_kernel():
             importlib.import_module("bitsandbytes")
         for name in ("peft", *others):
             importlib.import_module(name)
@@ -88,3 +88,23 @@ def _no_compiler() -> Iterator[None]:
             del os.environ["TORCHDYNAMO_DISABLE"]
         else:
             os.environ["TORCHDYNAMO_DISABLE"] = before
+
+
+@contextmanager
+def _no_fetched_kernel() -> Iterator[None]:
+    """The package `kernels` is not there, and nobody is told so.
+
+    Where it is, bitsandbytes 0.50.2 fetches compiled code from the Hub as it is imported on a CPU with AVX512-BF16, for
+    products of packed weights that we never ask for (`model.load.use_safe_4bit_kernels`).
+    """
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    was_silent, is_hidden = logger.disabled, "kernels" not in sys.modules
+    logger.disabled = True
+    if is_hidden:
+        sys.modules["kernels"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        logger.disabled = was_silent
+        if is_hidden:
+            del sys.modules["kernels"]

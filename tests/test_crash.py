@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--kills", "6", "--steps", "6"], {"kills": 6}),
+        (["--kills", "3", "--steps", "4"], {"kills": 3}),
         (["--kills", "1", "--steps", "4", "--ranks", "2"], {"kills": 1}),
         pytest.param(["--kills", "4", "--steps", "2", "--merge"], {"kills": 4}, marks=pytest.mark.slow),
         (["--damage", "--steps", "2"], {"damages": 60, "files": 10}),

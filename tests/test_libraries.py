@@ -41,3 +41,29 @@ def test_a_compiler_that_a_user_turned_off_stays_off():
     loaded, _, variable, doubled, compilations = load("", TORCHDYNAMO_DISABLE="1")
     assert loaded == ["peft", "bitsandbytes"] and variable
     assert doubled == 2.0 and compilations == 0
+
+
+FETCHING = """
+import sys
+from lora_ft.libraries import load_libraries
+load_libraries()
+assert "bitsandbytes" in sys.modules
+import kernels
+print(kernels.__file__)
+"""
+
+
+def test_no_compiled_code_is_fetched_from_the_hub(tmp_path):
+    """bitsandbytes asks the package `kernels` for some on CPUs with AVX512-BF16; afterwards it is there for others."""
+    package, asked = tmp_path / "kernels" / "__init__.py", tmp_path / "asked"
+    package.parent.mkdir()
+    package.write_text(f"def get_kernel(*names, **options):\n    open({str(asked)!r}, 'w').close()\n")
+    done = subprocess.run(
+        [sys.executable, "-c", FETCHING],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(package)
+    assert not asked.exists() and "kernels" not in done.stderr
