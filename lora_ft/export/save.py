@@ -18,6 +18,7 @@ from lora_ft.export.samples import record_samples
 from lora_ft.export.skeleton import CLASSIFIER_TASKS
 from lora_ft.fingerprint import BaseIdentity, hash_folder, hash_tensors, whole_folder
 from lora_ft.model.adapter import on_original_base
+from lora_ft.model.load import use_safe_4bit_kernels
 
 if TYPE_CHECKING:
     import torch
@@ -54,6 +55,7 @@ def save_adapter(
     """
     from safetensors.torch import save_file
 
+    use_safe_4bit_kernels(model)
     name = model.active_adapter
     tensors = adapter_tensors(model, name, base, state_dict)
     tensors, config = on_original_base(model, tensors, model.peft_config[name])

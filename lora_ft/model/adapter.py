@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lora_ft.errors import UserError, raise_faults
 from lora_ft.fingerprint import read_json
 from lora_ft.model.adapter_faults import find_idle, find_impossible, is_quantised, rewrites_base
-from lora_ft.model.load import CLASSIFIER_HEADS, FLOATING_HEADS
+from lora_ft.model.load import CLASSIFIER_HEADS, FLOATING_HEADS, refuse_repacked
 from lora_ft.recipe import check_buildable
 from lora_ft.recipe_rules import library_part
 from lora_ft.sections import Task
@@ -50,11 +50,13 @@ def attach_adapter(
     Float32 because an update of 1e-5 to a bfloat16 weight of 0.1 is rounded away (trl#7268).
 
     Raises:
-        UserError: PEFT refuses the settings, they cannot work on this base, or nothing would be trained.
+        UserError: PEFT refuses the settings, they cannot work on this base, nothing would be trained, or bitsandbytes
+            has repacked the base's 4-bit weights.
     """
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
 
+    refuse_repacked(model)
     set_seed(seed)
     if task == "classification":
         _draw_head(model)

@@ -218,11 +218,29 @@ def use_safe_4bit_kernels(model: Any) -> None:
     weights in another order (cosine 0.30 to the right ones), a merge is garbage, and layers whose `out_features` is not
     a multiple of 32 crash. Can go when `Linear4bit` keeps the packed copy apart from `weight`.
     """
+    for _, layer in _list_4bit(model):
+        layer.support_avx512bf16_for_cpu = False
+
+
+def refuse_repacked(model: Any) -> None:
+    """Nothing, if bitsandbytes has not repacked the 4-bit weights of a model that somebody else loaded, and cannot now.
+
+    Raises:
+        UserError: it has; the scales of the blocks were rounded to bfloat16 then, so there is no way back.
+    """
+    use_safe_4bit_kernels(model)
+    for name, layer in _list_4bit(model):
+        if getattr(getattr(layer.weight, "quant_state", None), "packing_format_for_cpu", False):
+            rule = "It answered before, and bitsandbytes rounded and reordered its 4-bit weights in place for that."
+            fix = "Load it again and attach the adapter before it answers, or load it with lora_ft.load_base."
+            raise UserError("model", name, rule, fix)
+
+
+def _list_4bit(model: Any) -> Iterator[tuple[str, Any]]:
+    """The 4-bit layers of a model, with their names."""
     import bitsandbytes
 
-    for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear4bit):
-            module.support_avx512bf16_for_cpu = False
+    return ((name, each) for name, each in model.named_modules() if isinstance(each, bitsandbytes.nn.Linear4bit))
 
 
 def _locate(name: str, revision: str | None, patterns: list[str]) -> tuple[Path, str | None]:

@@ -10,6 +10,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from lora_ft.data.collate import Collator
 from lora_ft.errors import UserError
+from lora_ft.model.load import refuse_repacked
 from lora_ft.model.machine import choose_mapped_bytes, map_large_pieces
 from lora_ft.training.guards import LossNotes
 from lora_ft.training.progress import LogFile, Progress
@@ -51,8 +52,9 @@ def assemble_trainer(
     `patience`, `guards` and `name_row` of `LastingTrainer`.
 
     Raises:
-        UserError: nothing to train on, or the library refuses the combination.
+        UserError: nothing to train on, or the library refuses the combination; or 4-bit weights are not what they were.
     """
+    refuse_repacked(model)
     if len(train_rows) == 0:
         raise UserError("data.sources", None, "No row is left for training.", "Lower data.split, or add rows.")
     mapped = choose_mapped_bytes(arguments.device.type, model.dtype, arguments.gradient_checkpointing)

@@ -16,7 +16,6 @@ from lora_ft.export.merge import merge_adapter
 from lora_ft.export.save import save_adapter
 from lora_ft.export.verify import verify_folder
 from lora_ft.fingerprint import hash_file, hash_tensors, identify_base
-from lora_ft.model.load import use_safe_4bit_kernels
 
 
 def faults(report) -> list[str]:
@@ -43,7 +42,6 @@ def test_a_4bit_adapter_answers_in_a_fresh_process_as_it_did_live(tmp_path):
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, quantization_config=quantization)
-    use_safe_4bit_kernels(model)
     tuned = add_adapter(model, CASES["lora"].lora)
     samples = [[1, 2, 3, 4, 5], [9, 8, 7]]
     save_adapter(tuned, None, tmp_path / "run" / "adapter", base=identify_base(str(base), base), samples=samples)
