@@ -18,8 +18,8 @@ from typing import Any
 from lora_ft.errors import Interrupted, UserError
 from lora_ft.libraries import own_process
 
-FIRST_RANK_SECONDS = 20.0
-"""What other ranks give the first one to say a fault that all of them have found."""
+FIRST_RANK_SECONDS, LAST_WORD_SECONDS = 20.0, 2.0
+"""What other ranks give the first one to say a fault that all of them have found, and what all were told together."""
 ONTO = "onto the base's own weights, or onto what 4 bit made of them in training"
 
 
@@ -463,8 +463,11 @@ def _report_error(error: UserError, options: argparse.Namespace) -> int:
     """One message: for people on stderr, for machines on stdout.
 
     A launcher ends every rank as soon as one has ended. So the first rank says what all have found, and another one
-    waits to be ended meanwhile; what it alone has found, it says at last."""
+    waits to be ended meanwhile; what it alone has found, it says at last. That they stop, all have agreed on."""
     rank = os.environ.get("RANK", "0")
+    if rank != "0" and isinstance(error, Interrupted):
+        time.sleep(LAST_WORD_SECONDS)
+        return error.exit_code
     if rank != "0":
         time.sleep(FIRST_RANK_SECONDS)
     print(f"\n{error}" if rank == "0" else f"\nrank {rank}: {error}", file=sys.stderr)

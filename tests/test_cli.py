@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from lora_ft.chat import _read_lines
-from lora_ft.cli import FIRST_RANK_SECONDS, _read_weight, main, parse_arguments
-from lora_ft.errors import UserError
+from lora_ft.cli import FIRST_RANK_SECONDS, LAST_WORD_SECONDS, _read_weight, main, parse_arguments
+from lora_ft.errors import Interrupted, UserError
 
 
 def run(*words, **options):
@@ -98,6 +98,20 @@ def test_a_rank_leaves_the_word_to_the_first_one(recipe_file, capsys, monkeypatc
     assert main(["check", path]) == 2
     assert waited == [FIRST_RANK_SECONDS]
     assert capsys.readouterr().err == said.replace("\n", "\nrank 1: ", 1)
+
+
+def test_ranks_that_agreed_to_stop_do_not_wait_to_say_so(recipe_file, capsys, monkeypatch):
+    """A launcher that was told to end is given 30 seconds before its processes are killed."""
+    waited = []
+
+    def stop(*args: object, **options: object) -> None:
+        raise Interrupted("run", None, "Stopped by SIGTERM after step 3 of 9; checkpoint-3 is saved.", "")
+
+    monkeypatch.setattr("lora_ft.cli.time.sleep", waited.append)
+    monkeypatch.setattr("lora_ft.run.run_recipe", stop)
+    monkeypatch.setenv("RANK", "1")
+    assert main(["train", str(recipe_file())]) == 130
+    assert waited == [LAST_WORD_SECONDS] and capsys.readouterr().err == ""
 
 
 def test_json_of_an_error_is_one_document(recipe_file):
