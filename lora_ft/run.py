@@ -168,7 +168,7 @@ def prepare_trainer(
 
     steps, arguments = TASKS[recipe.data.task], build_arguments(recipe, len(splits.train))
     if run is not None:
-        refuse_disunity(run.identity)
+        refuse_disunity(run.identity, run.resume_from)
     if recipe.model.adapter is not None:
         refuse_other_base(Path(recipe.model.adapter), base, TASK_TYPES[recipe.data.task])
     model = read_base(recipe, base, tokenizer, splits)

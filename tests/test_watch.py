@@ -162,6 +162,9 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path):
         compare_runs([tmp_path])
     run = write_run(tmp_path / "run", LINES)
     (run / "recipe.yaml").write_text("output_dir: x\n")
+    with pytest.raises(UserError, match="has not come to its end"):
+        compare_runs([run])
+    (run / "adapter").mkdir()
     with pytest.raises(UserError, match="lora-ft evaluate"):
         compare_runs([run])
 

@@ -47,13 +47,16 @@ def compare_runs(folders: Sequence[Path]) -> list[ComparedRun]:
     """The runs in the given folders, in their order.
 
     Raises:
-        UserError: a folder holds no run that was evaluated.
+        UserError: a folder holds no run that was evaluated, or one that has not ended.
     """
     manifests = [_read_json(folder) for folder in folders]
     settings = keep_differences([_read_settings(folder) for folder in folders])
     runs = []
     for folder, manifest, own in zip(folders, manifests, settings, strict=True):
         report = read_report(folder)
+        if report is None and not (folder / "adapter").is_dir():
+            rule = "The run has not come to its end, so there is nothing to compare."
+            raise UserError(str(folder), None, rule, "Wait for it, or go on with it: lora-ft watch says which.")
         if report is None:
             rule = "The run was not evaluated yet."
             raise UserError(str(folder), None, rule, f"Run: lora-ft evaluate {folder}")

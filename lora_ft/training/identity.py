@@ -43,7 +43,8 @@ HARMLESS = {
 EXTENT = ("num_train_epochs", "max_steps")
 """Training settings that say how long a run is; it may become longer."""
 
-TWO_WAYS = "Go on as it was, or give --fresh to start over, or --warm-start to begin a new run with its weights."
+TWO_WAYS = "Go on as it was{}, or give --fresh to start over, or --warm-start to begin a new run with its weights."
+"""What to do about a run that lies in the folder; how it was may be named."""
 
 
 @dataclass(frozen=True)
@@ -100,16 +101,17 @@ def find_differences(path: Path, old: Identity, new: Identity) -> Iterator[Fault
         if isinstance(before, dict) and isinstance(after, dict):
             for key in sorted({*before, *after}):
                 if before.get(key) != after.get(key):
-                    rule = f"The run in {path} has {before.get(key)}."
-                    yield Fault(f"{section}.{key}", after.get(key), rule, TWO_WAYS)
+                    rule, was_given = f"The run in {path} has {before.get(key)}.", before.get(key) is not None
+                    as_it_was = f" ({section}.{key}={before[key]})" if section == "training" and was_given else ""
+                    yield Fault(f"{section}.{key}", after.get(key), rule, TWO_WAYS.format(as_it_was))
         elif before != after:
             shown = None if section in {"base", "data", "adapter"} else after
-            yield Fault(section, shown, f"The run in {path} was made with another {section}.", TWO_WAYS)
+            yield Fault(section, shown, f"The run in {path} was made with another {section}.", TWO_WAYS.format(""))
     for key in sorted({*old.extent, *new.extent}):
         before, after = old.extent.get(key), new.extent.get(key)
         if before != after and not (before and after and 0 < before < after):
             rule = f"The run in {path} has {before}, and can only become longer."
-            yield Fault(f"training.{key}", after, rule, TWO_WAYS)
+            yield Fault(f"training.{key}", after, rule, TWO_WAYS.format(""))
 
 
 def find_changes(path: Path, manifest: dict[str, Any], base_fingerprint: str, data_fingerprint: str) -> Iterator[Fault]:
@@ -121,8 +123,8 @@ def find_changes(path: Path, manifest: dict[str, Any], base_fingerprint: str, da
         yield Fault("data", None, f"The run in {path} was trained on other rows, or on rows prepared otherwise.", fix)
 
 
-def refuse_disunity(identity: Identity) -> None:
-    """Nothing, if all ranks are about to train this run; they compare their settings, data and base here.
+def refuse_disunity(identity: Identity, resume_from: Path | None) -> None:
+    """Nothing, if all ranks are about to train this run; they compare their settings, data, base and checkpoint here.
 
     Each rank reads its own files and measures its own machine. Ranks that differ would wait for each other without end,
     or make one adapter of two runs.
@@ -132,13 +134,14 @@ def refuse_disunity(identity: Identity) -> None:
     """
     from accelerate.utils import gather_object
 
-    raise_faults(_find_disunity([_list_settings(each) for each in gather_object([identity])]))
+    known = {**_list_settings(identity), "checkpoint in output_dir": resume_from and resume_from.name}
+    raise_faults(_find_disunity(gather_object([known])))
 
 
 def _find_disunity(ranks: Sequence[dict[str, Any]]) -> Iterator[Fault]:
     """One fault for each setting in which the first rank that differs from rank 0 does so."""
     rank, other = next((pair for pair in enumerate(ranks) if pair[1] != ranks[0]), (0, ranks[0]))
-    fix = "Give all machines the same recipe, data and base, and name what each of them measures, such as model.dtype."
+    fix = "Give all machines the same recipe, data, base and output_dir; name what each measures, such as model.dtype."
     for name in sorted({*ranks[0], *other}):
         if ranks[0].get(name) != other.get(name):
             yield Fault(name, ranks[0].get(name), f"Rank {rank} has {other.get(name)}.", fix)
