@@ -49,7 +49,7 @@ def _load(folder: Path, trust_remote_code: bool = False) -> tuple[Any, Any, bool
     """Model and tokenizer, and whether the model carries an adapter."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-    from lora_ft.export.adapter import CONFIG_NAME, find_adapter, open_adapter, unfinished_run
+    from lora_ft.export.adapter import CONFIG_NAME, find_adapter, open_adapter, refuse_changed, unfinished_run
     from lora_ft.export.base import base_of_adapter
     from lora_ft.export.companions import GENERATION_NAME
     from lora_ft.export.reload import load_tuned
@@ -58,6 +58,7 @@ def _load(folder: Path, trust_remote_code: bool = False) -> tuple[Any, Any, bool
     adapter = find_adapter(folder)
     if (adapter / CONFIG_NAME).is_file():
         opened = open_adapter(adapter, trust_remote_code)
+        refuse_changed(adapter)
         if opened.config.task_type not in (None, "CAUSAL_LM"):
             rule = "It was trained for another task than to go on with a conversation."
             raise UserError(str(adapter), opened.config.task_type, rule, "Use transformers.pipeline on merged/.")

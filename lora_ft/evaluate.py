@@ -17,7 +17,7 @@ from lora_ft.data.splits import Splits
 from lora_ft.errors import RunFailed, UserError, raise_faults
 from lora_ft.evaluation.curves import read_log, trace_curves
 from lora_ft.evaluation.metrics import check_metrics
-from lora_ft.export.adapter import unfinished_run
+from lora_ft.export.adapter import refuse_changed, unfinished_run
 from lora_ft.libraries import load_libraries, quiet_libraries
 from lora_ft.model.adapter import attach_adapter
 from lora_ft.model.load import find_base, load_tokenizer
@@ -45,7 +45,7 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
     """Base against tuned for a run on disk: the same rows, settings and figures as at the end of its training.
 
     Raises:
-        UserError: `folder` is no run, or its base or data are no longer what they were.
+        UserError: `folder` is no run, or its adapter, base or data are no longer what they were.
     """
     from lora_ft.evaluation.page import write_page
     from lora_ft.tasks import read_base
@@ -56,6 +56,7 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
         raise UserError(str(folder), None, f"It holds no {MANIFEST} of a run.", "Name the folder of a run.")
     if not (folder / "adapter").is_dir():
         raise unfinished_run(folder)
+    refuse_changed(folder / "adapter")
     check_metrics(recipe.evaluation.metrics)
     base = find_base(recipe.model.base, manifest["base"]["revision"], recipe.model.trust_remote_code)
     load_libraries("datasets")

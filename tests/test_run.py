@@ -178,6 +178,31 @@ def test_verify_accepts_the_run_and_refuses_a_changed_one(finished, tmp_path, lo
     assert done.returncode == 1 and "adapter_model.safetensors" in done.stdout
 
 
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_nothing_is_made_of_an_adapter_that_is_not_the_one_trained(finished, tmp_path, lora_ft, recipe_file, name):
+    """A merge would be proven equal to what lies there; figures would be told of what was never trained."""
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    path = run / "adapter" / name
+    raw = path.read_bytes()
+    alpha = b'"lora_alpha": '
+    changed = raw.replace(alpha, alpha + b"1") if name.endswith("json") else raw[:-3] + b"\1" + raw[-2:]
+    assert changed != raw
+    path.write_bytes(changed)
+    (tmp_path / "other").mkdir()
+    again = recipe_file(model={"adapter": str(run / "adapter")}, lora=None, output_dir=str(tmp_path / "other"))
+    for words in (
+        ("evaluate", run),
+        ("merge", run / "adapter", "--out", tmp_path / "merged"),
+        ("chat", run),
+        ("train", again),
+    ):
+        done = lora_ft(*words)
+        assert done.returncode == 2, (words, done.stdout, done.stderr)
+        assert f"{path}\n  It has changed since the adapter was saved." in done.stderr
+    assert not (tmp_path / "merged").exists() and not list((tmp_path / "other").iterdir())
+
+
 def test_evaluate_again_gives_the_same_figures(finished, lora_ft):
     folder, manifest = finished
     done = lora_ft("evaluate", folder, "--json")

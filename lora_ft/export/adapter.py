@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lora_ft.errors import UserError
-from lora_ft.export.manifest import AdapterManifest, read_manifest
-from lora_ft.fingerprint import read_json, read_safetensors_header
+from lora_ft.errors import Fault, UserError, raise_faults
+from lora_ft.export.manifest import MANIFEST_NAME, AdapterManifest, read_manifest
+from lora_ft.fingerprint import hash_file, hash_tensors, read_json, read_safetensors_header
 from lora_ft.libraries import load_libraries
 from lora_ft.model.adapter import CONFIG_NAME, TENSORS_NAME, read_lora
 
@@ -50,7 +51,8 @@ def find_adapter(folder: Path) -> Path:
 def unfinished_run(run: Path) -> UserError:
     """The error for a run that has no adapter yet."""
     rule = "This run has not come to its end, so it has no adapter."
-    return UserError(str(run), None, rule, f"Go on: lora-ft train {run / 'recipe.yaml'}")
+    command = shlex.join(["lora-ft", "train", str(run / "recipe.yaml"), f"output_dir={run}"])  # it may have been moved
+    return UserError(str(run), None, rule, f"Go on: {command}")
 
 
 def open_adapter(folder: Path, trust_remote_code: bool = False) -> Adapter:
@@ -76,6 +78,24 @@ def open_adapter(folder: Path, trust_remote_code: bool = False) -> Adapter:
     shapes = {key.removeprefix(KEY_PREFIX): tuple(tensor["shape"]) for key, tensor in header.items()}
     load_libraries()  # after the faults that need none of them
     return Adapter(folder, read_lora(folder), shapes, read_manifest(folder), trust_remote_code)
+
+
+def refuse_changed(folder: Path) -> None:
+    """Nothing, if weights and config of the adapter in `folder` are those that were saved; another tool's do not say.
+
+    Raises:
+        UserError: one of the two has changed, so that nothing made of it would be of what was trained.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return
+    fix = f"Copy it again, or remove {MANIFEST_NAME} to take it as another tool's, of which nothing is known."
+    hashes = {TENSORS_NAME: (hash_tensors, manifest.tensors), CONFIG_NAME: (hash_file, manifest.files.get(CONFIG_NAME))}
+    raise_faults(
+        Fault(str(folder / name), None, "It has changed since the adapter was saved.", fix)
+        for name, (hash_content, saved) in hashes.items()
+        if saved is not None and (folder / name).is_file() and hash_content(folder / name) != saved
+    )
 
 
 def read_adapter_fields(folder: Path) -> dict[str, Any]:

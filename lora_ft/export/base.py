@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lora_ft.errors import UserError
-from lora_ft.export.adapter import Adapter
+from lora_ft.export.adapter import Adapter, refuse_changed
 from lora_ft.export.manifest import read_manifest
 from lora_ft.fingerprint import BaseIdentity
 from lora_ft.model.load import find_base
@@ -32,8 +32,10 @@ def refuse_other_base(folder: Path, base: BaseIdentity, task_type: str) -> None:
     """Nothing, if the adapter in `folder`, which is to go on training, was made on this base and for this task.
 
     Raises:
-        UserError: it was made for another, where its update means nothing. An adapter of another tool does not say.
+        UserError: it was made for another, where its update means nothing, or has changed since. An adapter of another
+            tool does not say.
     """
+    refuse_changed(folder)
     manifest = read_manifest(folder)
     if manifest is None:
         return

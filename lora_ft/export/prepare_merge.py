@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_ft.errors import UserError
-from lora_ft.export.adapter import TENSORS_NAME, open_adapter
+from lora_ft.export.adapter import TENSORS_NAME, open_adapter, refuse_changed
 from lora_ft.export.base import base_of_adapter
 from lora_ft.export.checkpoint import DTYPES, read_checkpoint
 from lora_ft.export.merge_plan import MergePlan, plan_merge
@@ -83,6 +83,7 @@ def prepare_merge(
     pairs = [(adapter, 1.0)] if isinstance(adapter, Path) else adapter
     parts = [WeightedAdapter(open_adapter(folder, trust_remote_code), weight) for folder, weight in pairs]
     for part in parts:
+        refuse_changed(part.adapter.folder)
         refuse_unmergeable(part.adapter)
     identity = base_of_adapter(parts[0].adapter, base)
     for part in parts[1:]:
