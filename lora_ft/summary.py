@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -183,7 +184,7 @@ def print_sweep(result: SweepResult) -> None:
         table.add_row(str(trial.number), loss, *(escape(_show_setting(trial.settings.get(key))) for key in keys), state)
     console.print(table)
     if result.best is not None:
-        console.print(f"next: [bold]lora-ft train {escape(_shorten(result.folder / 'best.yaml'))}[/]")
+        console.print(f"next: [bold]lora-ft train {escape(shlex.quote(_shorten(result.folder / 'best.yaml')))}[/]")
 
 
 def _show_setting(value: object) -> str:
@@ -211,7 +212,8 @@ def _last_detail(verification: dict[str, Any]) -> str:
 def _next_command(result: RunResult) -> str:
     """What one would try first: to talk to a model that talks, or to look again at what was checked."""
     can_chat = load_recipe(result.folder / "recipe.yaml").data.task == "sft"
-    return f"lora-ft chat {_shorten(result.folder)} --base" if can_chat else f"lora-ft verify {_shorten(result.folder)}"
+    folder = _shorten(result.folder)
+    return shlex.join(["lora-ft", "chat", folder, "--base"] if can_chat else ["lora-ft", "verify", folder])
 
 
 def _shorten(folder: Path) -> str:

@@ -178,6 +178,42 @@ def test_verify_accepts_the_run_and_refuses_a_changed_one(finished, tmp_path, lo
     assert done.returncode == 1 and "adapter_model.safetensors" in done.stdout
 
 
+def test_verify_holds_the_merged_model_against_the_run(finished, tmp_path, lora_ft):
+    """One of another run is as whole as the run's own, and answers as it did when it was made."""
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    assert "ok    merged adapter: the run's own" in lora_ft("verify", run, "--quick").stdout
+    report = run / "merged" / "merge_report.json"
+    said = json.loads(report.read_text())
+    for adapters in ([["0" * 64, 1.0]], [[said["adapters"][0][0], 0.5]], said["adapters"] * 2):
+        report.write_text(json.dumps({**said, "adapters": adapters}))
+        done = lora_ft("verify", run, "--quick")
+        assert done.returncode == 1 and "FAIL  merged adapter: it was made of another adapter" in done.stdout
+    report.unlink()
+    done = lora_ft("verify", run, "--quick")
+    assert done.returncode == 1 and "FAIL  merged adapter: merge_report.json" in done.stdout
+    (run / "merged" / "config.json").unlink()
+    done = lora_ft("verify", run, "--quick")
+    assert done.returncode == 1 and "FAIL  merged: its config.json is missing" in done.stdout
+    shutil.rmtree(run / "merged")
+    done = lora_ft("verify", run, "--quick")
+    assert done.returncode == 0 and "merged: the run made a merged model, and it is gone" in done.stdout
+
+
+@pytest.mark.parametrize("part", ["adapter", "merged"])
+@pytest.mark.parametrize("name", ["special_tokens_map.json", "additional_chat_templates/x.jinja", "added_tokens.json"])
+def test_verify_names_files_that_were_added_and_would_be_read(finished, tmp_path, lora_ft, part, name):
+    """transformers takes a token from a special_tokens_map.json that nobody saved, and splits words another way."""
+    run = tmp_path / "run"
+    shutil.copytree(finished[0], run)
+    (run / part / "notes.md").write_text("of no effect")
+    assert lora_ft("verify", run, "--quick").returncode == 0
+    (run / part / name).parent.mkdir(exist_ok=True)
+    (run / part / name).write_text('{"eos_token": "a"}')
+    done = lora_ft("verify", run, "--quick")
+    assert done.returncode == 1 and f"{name} was added" in done.stdout
+
+
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
 def test_nothing_is_made_of_an_adapter_that_is_not_the_one_trained(finished, tmp_path, lora_ft, recipe_file, name):
     """A merge would be proven equal to what lies there; figures would be told of what was never trained."""

@@ -115,8 +115,17 @@ def _from_sharegpt(row: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def is_muted(row: Mapping[str, Any]) -> bool:
-    """Whether a message asks not to be learned: `train: false`, or OpenAI's `weight: 0`."""
-    return row.get("train") is False or row.get("weight") == 0
+    """Whether a message asks not to be learned: `train: false`, or OpenAI's `weight: 0`.
+
+    Raises:
+        BadRow: it says something else there, such as the word "false", and would be learned in spite of it.
+    """
+    flags = {key: row[key] for key in ("train", "weight") if row.get(key) is not None}
+    for key, value in flags.items():
+        if isinstance(value, str) or value not in (0, 1):
+            rule = "Whether a message is learned is said by true and false, or 1 and 0."
+            raise BadRow(key, value, rule, "Write one of them, or leave it out.")
+    return not all(flags.values())
 
 
 def read_conversation(place: str, rows: Any, field: str, tools: Any = None, system: str = "") -> Example:

@@ -49,6 +49,7 @@ def plan_rows(lengths: np.ndarray, row_length: int) -> PackingPlan:
     Documents are taken from the longest to the shortest; each goes to the row with the least room that still holds it.
     `open_rooms` is a set of numbers, the bits of one integer: the smallest room of at least n is its lowest bit from n.
     """
+    row_length = min(row_length, int(lengths.sum()))  # one row for all; a longer one would only be emptier
     row_of = np.empty(len(lengths), dtype=np.int64)
     rows_by_room: list[list[int]] = [[] for _ in range(row_length + 1)]
     open_rooms, num_rows = 0, 0

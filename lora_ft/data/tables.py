@@ -15,6 +15,8 @@ from lora_ft.errors import Fault, UserError
 
 SNIFF_CHARACTERS = 1 << 20
 SNIFF_ROWS = 1000
+OTHER_SEPARATORS = (";", "\t", "|", ",")
+"""What may stand between the names of a first line that seems to hold a single one."""
 
 
 def read_csv(path: Path) -> Rows:
@@ -63,6 +65,10 @@ def _read_table(path: Path, delimiter: str, quoting: Literal[0, 3]) -> Rows:
 def _read_header(path: Path, sample: Sequence[tuple[str, list[str] | Fault]]) -> list[str]:
     cells = sample[0][1] if sample else []
     names = [] if isinstance(cells, Fault) else [name.strip() for name in cells]
+    other = next((mark for mark in OTHER_SEPARATORS if len(names) == 1 and mark in names[0]), None)
+    if other is not None:
+        rule = f"Its columns seem to be separated by {other!r}, and the suffix stands for another separator."
+        raise UserError(f"{path}:1", names[0], rule, "Save it with commas as .csv, or with tabs as .tsv.")
     if len(set(names)) < len(names):
         rule = "Two columns have one name, so that one would hide the other."
         raise UserError(f"{path}:1", ", ".join(names), rule, "Rename one.")

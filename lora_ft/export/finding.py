@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,13 @@ from lora_ft.errors import RunFailed
 from lora_ft.export.manifest import Sample, read_sample
 from lora_ft.export.samples import RELATIVE_TOLERANCE, compare_samples
 from lora_ft.fingerprint import hash_file
+
+READ_UNASKED = (
+    *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model"),
+    *("*.tiktoken", "*.jinja", "chat_template.json", "additional_chat_templates/*", "config.json"),
+    *("generation_config.json", "adapter_config.json", "model.safetensors", "model.safetensors.index.json"),
+)
+"""Files whose mere presence changes what the libraries load from a folder."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +53,19 @@ class VerifyReport:
         return {"folder": self.folder, "ok": self.ok, "findings": [asdict(finding) for finding in self.findings]}
 
 
-def check_files(folder: Path, digests: Mapping[str, str], changed: Sequence[str]) -> Finding:
-    """Whether the files of `folder` have these hashes; `changed` are those already known not to."""
+def find_added(folder: Path, known: Collection[str]) -> list[str]:
+    """Files of `folder` that nobody saved there, and that transformers or PEFT would read beside those that were."""
+    found = {path.relative_to(folder).as_posix() for pattern in READ_UNASKED for path in folder.glob(pattern)}
+    return sorted(found.difference(known))
+
+
+def check_files(folder: Path, digests: Mapping[str, str], changed: Sequence[str], added: Sequence[str] = ()) -> Finding:
+    """Whether the files of `folder` have these hashes; `changed` are those already known not to, `added` strangers."""
     missing = [name for name in digests if not (folder / name).is_file()]
     others = [name for name in digests if name not in missing and hash_file(folder / name) != digests[name]]
-    if missing or others or changed:
+    if missing or others or changed or added:
         faults = [f"{name} is missing" for name in missing] + [f"{name} has changed" for name in (*changed, *others)]
+        faults += [f"{name} was added" for name in added]
         return Finding("files", False, "since it was saved, " + ", ".join(faults))
     return Finding("files", True, "as they were saved")
 

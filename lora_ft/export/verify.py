@@ -9,8 +9,9 @@ from pathlib import Path
 from lora_ft.errors import RunFailed, UserError
 from lora_ft.export.adapter import CONFIG_NAME, KEY_PREFIX, TENSORS_NAME, Adapter, open_adapter, unfinished_run
 from lora_ft.export.base import base_of_adapter
-from lora_ft.export.finding import Finding, VerifyReport, check_answers, check_files
+from lora_ft.export.finding import Finding, VerifyReport, check_answers, check_files, find_added
 from lora_ft.export.fresh import ask_fresh, identity_fields
+from lora_ft.export.merge_report import REPORT_NAME, read_report
 from lora_ft.export.save import idle_modules, refuse_broken
 from lora_ft.export.skeleton import build_skeleton, expected_shapes, key_faults
 from lora_ft.export.verify_merged import verify_merged
@@ -39,6 +40,9 @@ def verify_folder(
         return VerifyReport(str(path), tuple(verify_run(path, quick, base, trust_remote_code)))
     if (path / "config.json").is_file():
         return VerifyReport(str(path), tuple(verify_merged(path, quick, trust_remote_code)))
+    if (path / RUN_NAME).is_file() and (path / "adapter").is_dir():
+        rule = f"{CONFIG_NAME} is missing in adapter/, so nothing can be read with it."
+        raise UserError(str(path), None, rule, "Copy the run again.")
     if (path / RUN_NAME).is_file():
         raise unfinished_run(path)
     rule = "A folder to verify is an adapter, a run with adapter/, or a merged model."
@@ -49,9 +53,43 @@ def verify_run(path: Path, quick: bool, base: str | None, trust_remote_code: boo
     """Findings on a run: its files, its adapter, and its merged model if there is one."""
     yield check_run(path, quick)
     yield from verify_adapter(path / "adapter", quick, base, trust_remote_code)
-    if (path / "merged" / "config.json").is_file():
-        for finding in verify_merged(path / "merged", quick, trust_remote_code):
-            yield Finding(f"merged {finding.name}", finding.ok, finding.detail)
+    merged = path / "merged"
+    if (merged / "config.json").is_file():
+        yield check_merged_adapter(merged, path / "adapter", has_merged(path))
+        for finding in verify_merged(merged, quick, trust_remote_code):
+            yield Finding(f"merged {finding.name}", finding.ok, finding.detail, finding.is_checked)
+    elif has_merged(path):
+        is_there = merged.is_dir() and any(merged.iterdir())
+        detail = "its config.json is missing" if is_there else "the run made a merged model, and it is gone"
+        yield Finding("merged", not is_there, detail, False)
+
+
+def has_merged(run: Path) -> bool:
+    """Whether the run in this folder ended with a merged model; `check_run` says whether that can be known."""
+    try:
+        files = read_json(run / RUN_NAME).get("files") if (run / RUN_NAME).is_file() else None
+    except UserError:
+        return False
+    return isinstance(files, dict) and any(name.startswith("merged/") for name in files)
+
+
+def check_merged_adapter(merged: Path, adapter: Path, is_ours: bool) -> Finding:
+    """Whether the merged model in a run was made of its adapter, and of that alone.
+
+    Args:
+        is_ours: whether it was lora_ft that made one here.
+    """
+    try:
+        report = read_report(merged)
+    except UserError as error:
+        return Finding("merged adapter", False, str(error))
+    if report is None:
+        detail = f"{REPORT_NAME}, which says what was merged, is missing"
+        return Finding("merged adapter", not is_ours, detail, is_ours)
+    weights = adapter / TENSORS_NAME
+    is_same = weights.is_file() and report.adapters == ((hash_tensors(weights), 1.0),)
+    detail = "the run's own" if is_same else "it was made of another adapter, or of several"
+    return Finding("merged adapter", is_same, detail)
 
 
 def check_run(path: Path, quick: bool) -> Finding:
@@ -115,7 +153,8 @@ def check_hashes(adapter: Adapter) -> Finding:
     if manifest is None:
         return Finding("files", True, "another tool saved this adapter, so there are no hashes for it", False)
     changed = [TENSORS_NAME] * (hash_tensors(adapter.folder / TENSORS_NAME) != manifest.tensors)
-    return check_files(adapter.folder, manifest.files, changed)
+    added = find_added(adapter.folder, {*manifest.files, TENSORS_NAME})
+    return check_files(adapter.folder, manifest.files, changed, added)
 
 
 def check_values(adapter: Adapter) -> Finding:

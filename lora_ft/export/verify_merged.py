@@ -19,7 +19,7 @@ from lora_ft.export.checkpoint import (
     read_checkpoint,
     torch_dtype,
 )
-from lora_ft.export.finding import Finding, check_answers, check_files
+from lora_ft.export.finding import Finding, check_answers, check_files, find_added
 from lora_ft.export.fresh import ask_fresh
 from lora_ft.export.merge_report import MergeReport, read_report
 from lora_ft.export.skeleton import architecture_class, empty_model, read_config
@@ -43,7 +43,8 @@ def verify_merged(path: Path, quick: bool, trust_remote_code: bool) -> Iterator[
     if report is None:
         yield Finding("files", True, "another tool merged this model, so there are no hashes for it", False)
     else:
-        yield check_files(path, report.files, changed)
+        weights = {tensor.path.name for tensor in tensors.values()}
+        yield check_files(path, report.files, changed, find_added(path, {*report.files, *weights}))
     if not quick:
         detail = f"not finite: {', '.join(infinite)}" if infinite else f"{len(tensors)} tensors, finite"
         yield Finding("values", not infinite, detail)

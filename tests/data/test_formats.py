@@ -165,6 +165,16 @@ def test_every_format_is_described():
     assert all(form.required and form.convert.__doc__ for form in FORMATS.values())
 
 
+@pytest.mark.parametrize(("key", "value"), [("train", "false"), ("weight", 0.5), ("weight", "0"), ("train", [])])
+def test_a_flag_that_says_neither_yes_nor_no_is_refused(key, value):
+    """The word "false" is true to Python, and what it stands beside would be learned."""
+    fault = convert_row({"messages": [USER, {**ANSWER, key: value}]}, "rows:1", "auto", True)
+    assert isinstance(fault, Fault) and fault.place.endswith(key) and "true and false" in fault.rule
+    for said, muted in ((True, ()), (1, ()), (False, (1,)), (0, (1,)), (None, ())):
+        example = convert({"messages": [USER, {**ANSWER, key: said}, USER, ANSWER]})
+        assert example.muted == muted
+
+
 @pytest.mark.parametrize("calls", [5, True, "true", {"name": "f"}, 0])
 def test_tool_calls_that_are_no_list_are_named(calls):
     rows = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "tool_calls": calls}]

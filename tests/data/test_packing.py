@@ -123,6 +123,11 @@ def test_instruction_data_fills_its_rows():
     assert lengths.sum() / (len(plan) * 1024) > 0.98
 
 
+def test_a_row_without_end_takes_no_more_memory_than_its_documents():
+    assert len(plan_rows(np.array([3, 5, 4]), 10**12)) == 1
+    assert len(plan_rows(np.array([], dtype=np.int64), 10**12)) == 0
+
+
 def test_a_document_that_does_not_fit_is_refused():
     with pytest.raises(UserError, match=r"(?s)rows:1: 9 tokens.*at most 8.*data\.max_length"):
         pack_documents(make_documents([4, 9]), 8)

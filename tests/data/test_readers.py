@@ -245,3 +245,13 @@ def test_any_row_gives_an_example_or_a_fault(fields, chat):
     found = convert_row(fields, "rows.jsonl:1", "auto", chat)
     if not isinstance(found, Fault):
         assert found.reference.strip()
+
+
+@pytest.mark.parametrize("mark", [";", "\t", "|"])
+def test_columns_that_another_separator_divides_are_told_once(tmp_path, mark):
+    path = write(tmp_path / "a.csv", f"prompt{mark}completion\nwhat, now?{mark}this\nand{mark}that\n")
+    with pytest.raises(UserError, match=r"a\.csv:1: prompt.*\n  Its columns seem to be separated by") as error:
+        read(path)
+    assert len(error.value.faults) == 1
+    (row,) = fields(write(tmp_path / "b.csv", f"text\nwhat{mark} now\n"))
+    assert row == {"text": f"what{mark} now"}
