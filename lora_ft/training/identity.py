@@ -43,9 +43,6 @@ HARMLESS = {
 EXTENT = ("num_train_epochs", "max_steps")
 """Training settings that say how long a run is; it may become longer."""
 
-TWO_WAYS = "Go on as it was{}, or give --fresh to start over, or --warm-start to begin a new run with its weights."
-"""What to do about a run that lies in the folder; how it was may be named."""
-
 
 @dataclass(frozen=True)
 class Identity:
@@ -101,17 +98,23 @@ def find_differences(path: Path, old: Identity, new: Identity) -> Iterator[Fault
         if isinstance(before, dict) and isinstance(after, dict):
             for key in sorted({*before, *after}):
                 if before.get(key) != after.get(key):
-                    rule, was_given = f"The run in {path} has {before.get(key)}.", before.get(key) is not None
-                    as_it_was = f" ({section}.{key}={before[key]})" if section == "training" and was_given else ""
-                    yield Fault(f"{section}.{key}", after.get(key), rule, TWO_WAYS.format(as_it_was))
+                    can_be_named = section == "training" and before.get(key) is not None
+                    fix = _two_ways(f"{section}.{key}={before[key]}" if can_be_named else None)
+                    yield Fault(f"{section}.{key}", after.get(key), f"The run in {path} has {before.get(key)}.", fix)
         elif before != after:
             shown = None if section in {"base", "data", "adapter"} else after
-            yield Fault(section, shown, f"The run in {path} was made with another {section}.", TWO_WAYS.format(""))
+            yield Fault(section, shown, f"The run in {path} was made with another {section}.", _two_ways())
     for key in sorted({*old.extent, *new.extent}):
         before, after = old.extent.get(key), new.extent.get(key)
         if before != after and not (before and after and 0 < before < after):
             rule = f"The run in {path} has {before}, and can only become longer."
-            yield Fault(f"training.{key}", after, rule, TWO_WAYS.format(""))
+            yield Fault(f"training.{key}", after, rule, _two_ways())
+
+
+def _two_ways(setting: str | None = None) -> str:
+    """What to do about a run that lies in the folder; `setting` is what makes this one the same again."""
+    as_it_was = "as it was" if setting is None else f"as it was ({setting})"
+    return f"Go on {as_it_was}, or give --fresh to start over, or --warm-start to begin a new run with its weights."
 
 
 def find_changes(path: Path, manifest: dict[str, Any], base_fingerprint: str, data_fingerprint: str) -> Iterator[Fault]:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from lora_ft.errors import UserError
 from lora_ft.recipe import load_recipe
 from lora_ft.training.checkpoint import draft_checkpoint, rotate_checkpoints, seal_checkpoint
+from lora_ft.training.identity import identify_run, refuse_disunity
 from lora_ft.training.lock import run_lock
 from lora_ft.training.run_folder import (
     check_run_folder,
@@ -318,3 +319,14 @@ def test_no_space(recipe, monkeypatch):
     with pytest.raises(UserError, match="writes about 100 MB there, and 1 MB are free"):
         check_space(run, recipe, trainable_parameters=2_500_000, base_bytes=0)
     assert not recipe.output_dir.exists()
+
+
+def test_ranks_that_would_go_on_from_different_checkpoints_are_refused(recipe, monkeypatch, tmp_path):
+    """As on two machines that share no disk: only the first one has what was saved."""
+    identity = identify_run(recipe, "base", "data", 2, "ddp")
+    ranks = []
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda found: ranks.extend(found) or list(ranks))
+    refuse_disunity(identity, tmp_path / "checkpoint-20")
+    with pytest.raises(UserError, match=r"checkpoint in output_dir: checkpoint-20\n  Rank 1 has None\.") as error:
+        refuse_disunity(identity, None)
+    assert len(error.value.faults) == 1
