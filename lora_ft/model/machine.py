@@ -30,6 +30,10 @@ NUM_LOGITS, FEWEST_LOGITS_ROWS = 12 * 2**20, 128
 """Logits held at once, and the fewest tokens they are of, whatever the vocabulary: with less of either, the head's
 weights are read more than they are used."""
 
+ROUND_TO = 32
+"""Products go by so many tokens: of a new shape one takes as long to prepare on a CPU as a small one to compute, the
+head's up to four times as long, and few numbers of tokens are multiples of 32."""
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -183,10 +187,10 @@ def has_triton_loss(device_type: str) -> bool:
 
 
 def count_logits_rows(num_tokens: int, vocab_size: int) -> int:
-    """Tokens whose logits are held at once: as many as `NUM_LOGITS` allow, in chunks that are about equally long."""
+    """Tokens whose logits are held at once: about as many as `NUM_LOGITS` allow, in chunks of about one length."""
     most = max(FEWEST_LOGITS_ROWS, NUM_LOGITS // vocab_size)
     num_chunks = max(1, math.ceil(num_tokens / most))
-    return max(1, math.ceil(num_tokens / num_chunks))
+    return max(1, math.ceil(num_tokens / num_chunks / ROUND_TO)) * ROUND_TO
 
 
 def count_logits_bytes(kind: str, num_tokens: int, vocab_size: int, bytes_per_logit: int) -> int:
@@ -274,7 +278,7 @@ def memory_traits(kind: str, mapped_bytes: int | None = None) -> MemoryTraits:
     are counted from the code, as in Llama's MLP (gradients of gate, up and their product), and not yet measured.
     """
     if kind == "cpu":
-        slack_share, wide_tensors = {None: (0.16, 11), LARGE_BYTES: (0.12, 9), SCARCE_BYTES: (0.0, 1.5)}[mapped_bytes]
+        slack_share, wide_tensors = {None: (0.16, 13), LARGE_BYTES: (0.12, 9), SCARCE_BYTES: (0.0, 0.5)}[mapped_bytes]
         return MemoryTraits(512_000_000, 56_000_000, slack_share, wide_tensors, 0.1, 0.9)
     return MemoryTraits(0, 600 * 2**20, 0.02, 3, 1.0, 0.95)
 

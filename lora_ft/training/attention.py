@@ -15,8 +15,8 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
-from itertools import groupby
+from functools import cached_property, lru_cache
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -25,16 +25,16 @@ from transformers import AttentionInterface, AttentionMaskInterface, masking_uti
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward, use_gqa_in_sdpa
 from transformers.masking_utils import sdpa_mask
 
-from lora_ft.model.machine import prefers_matmul_attention
+from lora_ft.model.machine import ROUND_TO, prefers_matmul_attention
 
 DOCUMENTS = "sdpa_documents"
 """Name of this attention among transformers' (`model.config._attn_implementation`)."""
 
-BLOCK = 128
-"""Queries that are multiplied at once; keys behind the last of them are left out."""
+CALL_PAIRS, BATCH_PAIRS = 2**15, 2**20
+"""Pairs of query and key that take as long to multiply as one call more takes, and the most of one batch."""
 
-ROUND_TO = 32
-"""Documents are filled up to a multiple of this for matrix products."""
+SMALLEST_BLOCK = 64
+"""Fewest queries that are multiplied at once; keys behind the last of them are left out."""
 
 LONGEST_MATMUL = 1024
 """Longest document whose probabilities are kept for the backward pass: 2·H·L bytes a token are a burden beyond."""
@@ -69,53 +69,103 @@ class DocumentMask:
     @cached_property
     def layout(self) -> Layout:
         """Documents at places of their own, filled up; laid out once for all layers."""
+        lengths = [run.length for run in self.runs for _ in range(run.count)]
+        starts = [0, *accumulate(lengths)]
+        order = sorted((each for each, length in enumerate(lengths) if length > 1), key=lambda each: -lengths[each])
+        batches = tuple(_batch_documents([lengths[each] for each in order]))
         gather: list[int] = []
-        scatter: list[int] = []
-        bounds: list[tuple[int, int]] = []
-        first = 0
-        num_tokens = sum(run.count * run.length for run in self.runs)
-        for run in self.runs:
-            for start in range(first, first + run.count * run.length, run.length):
-                if run.length == 1:
-                    scatter.append(-1)
-                    continue
-                begin, missing = len(gather), -run.length % ROUND_TO
-                gather += [*range(start, start + run.length), *[num_tokens] * missing]
-                scatter += range(begin, begin + run.length)
-                bounds.append((begin, len(gather)))
-            first += run.count * run.length
-        places = [len(gather) if place < 0 else place for place in scatter]
-        to_tensor = partial(torch.tensor, device=self.device)
-        return Layout(to_tensor(gather, dtype=torch.long), to_tensor(places, dtype=torch.long), tuple(bounds))
+        scatter = [-1] * starts[-1]
+        filled = [batch.length for batch in batches for _ in range(batch.count)]
+        for document, width in zip(order, filled, strict=True):
+            start, length = starts[document], lengths[document]
+            scatter[start : start + length] = range(len(gather), len(gather) + length)
+            gather += [*range(start, start + length), *[-1] * (width - length)]
+        return Layout(*_split_missing(gather, self.device), *_split_missing(scatter, self.device), batches)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Documents that are multiplied together, each filled up to the longest, and that to a multiple of 32.
+
+        A A A B B C        A A A -        count 2, length 4: one product for both. The one token of C is left out:
+                           B B - -        nobody sees it, and it predicts nothing.
+
+    What is filled in lies in the future of every token and is seen by none.
+    """
+
+    first: int
+    """Place of its first token."""
+    count: int
+    """n."""
+    length: int
+    """P, places of a document."""
+
+    @property
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """First query of each block, and its end; the more blocks, the less of the square is made, in more calls."""
+        number = max(1, round((self.count * self.length**2 / (2 * CALL_PAIRS)) ** 0.5))
+        size = max(SMALLEST_BLOCK, -(-self.length // (number * ROUND_TO)) * ROUND_TO)
+        for start in range(0, self.length, size):
+            yield start, min(start + size, self.length)
+
+    def cut(self, states: Tensor, key_heads: int, start: int, end: int) -> Tensor:
+        """States by place [places, H, E], from `start` to `end` in each document: [n·K, G·(end - start), E]."""
+        return self._view(states, key_heads)[:, :, :, start:end].flatten(2, 3).flatten(0, 1)
+
+    def paste(self, block: Tensor, states: Tensor, key_heads: int, start: int, end: int) -> None:
+        """Undoes `cut`."""
+        there = self._view(states, key_heads)[:, :, :, start:end]
+        there.copy_(block.view(there.shape))
+
+    def _view(self, states: Tensor, key_heads: int) -> Tensor:
+        """The batch's part of states by place [places, H, E]: [n, K, G, P, E]."""
+        own = states[self.first : self.first + self.count * self.length]
+        return own.view(self.count, self.length, key_heads, -1, states.shape[-1]).permute(0, 2, 3, 1, 4)
+
+
+def _batch_documents(lengths: list[int]) -> Iterator[Batch]:
+    """Documents of these lengths, the longest first, in batches.
+
+    One joins the batch of those before it where what it is filled up with costs less than products of its own.
+    """
+    first = 0
+    while lengths:
+        longest = -(-lengths[0] // ROUND_TO) * ROUND_TO
+        most = max(1, BATCH_PAIRS // longest**2)
+        shorter = (number for number, length in enumerate(lengths[:most]) if longest**2 - length**2 > CALL_PAIRS)
+        count = max(1, next(shorter, min(most, len(lengths))))
+        yield Batch(first, count, longest)
+        first, lengths = first + count * longest, lengths[count:]
+
+
+def _split_missing(indices: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where to take entries from, any one where it says -1, and which those are."""
+    found = torch.tensor(indices, dtype=torch.long, device=device)
+    return found.clamp(min=0), (found < 0).nonzero()[:, 0]
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where tokens stand for matrix products: by document, each filled up to P positions, a multiple of 32.
-
-        tokens  A A A B C          P = 4 here:   A A A - | B - …   the one token of C is left out: nobody sees it,
-                                                                   and it predicts nothing
-
-    A product of a new shape takes as long to prepare as a small one to compute, and few lengths are multiples of 32.
-    What is filled in lies in the future of every token and is seen by none.
-    """
+    """Where tokens stand for matrix products: document by document, filled up."""
 
     gather: Tensor
-    """Token at each place; the number of tokens where none is."""
+    """Token at each place."""
+    fillers: Tensor
+    """Places that are only filled in."""
     scatter: Tensor
-    """Place of each token; the number of places for one that is left out."""
-    bounds: tuple[tuple[int, int], ...]
-    """First place and end of each document."""
+    """Place of each token."""
+    left_out: Tensor
+    """Tokens that have none."""
+    batches: tuple[Batch, ...]
+    """What is multiplied together, from the first place to the last."""
 
-    def stack(self, states: Tensor, key_heads: int) -> Tensor:
-        """States of tokens [T, H, E] by place, with the heads that share keys together: [K, G, places, E]."""
-        filled = torch.cat([states, states.new_zeros(1, *states.shape[1:])]).index_select(0, self.gather)
-        return filled.unflatten(1, (key_heads, -1)).permute(1, 2, 0, 3).contiguous()
+    def stack(self, states: Tensor) -> Tensor:
+        """States of tokens [T, H, E] by place [places, H, E]; zeros are filled in."""
+        return states.index_select(0, self.gather).index_fill_(0, self.fillers, 0)
 
     def unstack(self, stacked: Tensor) -> Tensor:
         """Undoes `stack`; tokens that were left out get zeros."""
-        by_place = stacked.permute(2, 0, 1, 3).flatten(1, 2)
-        return torch.cat([by_place, by_place.new_zeros(1, *by_place.shape[1:])]).index_select(0, self.scatter)
+        return stacked.index_select(0, self.scatter).index_fill_(0, self.left_out, 0)
 
 
 @contextmanager
@@ -313,47 +363,50 @@ def _attend_run(run: Run, q: Tensor, k: Tensor, v: Tensor, dropout: float, scali
 class _MatmulAttention(torch.autograd.Function):
     """Causal attention of documents as matrix products; queries [T, H, E], keys and values [T, K, E].
 
-    A block of queries is multiplied with the keys up to its own end, so half of the square is never made. The G heads
-    that share keys stand one below the other in one product, so keys are not repeated and their gradients add up.
+    A block of queries is multiplied with the keys up to its own end, so up to half of the square is never made. The G
+    heads that share keys stand one below the other in one product, so keys are not repeated and their gradients add up.
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: float) -> Tensor:
         heads, groups = k.shape[1], q.shape[1] // k.shape[1]
-        queries, keys, values = (layout.stack(states, heads) for states in (q, k, v))
-        keys, values, out, kept = keys[:, 0], values[:, 0], torch.empty_like(queries), []
-        for first, start, end in _blocks(layout.bounds):
-            block = queries[:, :, start:end].flatten(1, 2)
-            future = _future(start - first, end - first, groups, q.dtype, q.device)
-            scores = torch.baddbmm(future, block, keys[:, first:end].transpose(1, 2), alpha=scaling)
-            kept.append(torch.softmax(scores, dim=-1))
-            out[:, :, start:end] = torch.bmm(kept[-1], values[:, first:end]).unflatten(1, (groups, -1))
-        ctx.save_for_backward(queries, keys, values, *kept)
-        ctx.layout, ctx.scaling = layout, scaling
+        queries, keys, values = (layout.stack(states) for states in (q, k, v))
+        out, kept = torch.empty_like(queries), []
+        for batch in layout.batches:
+            batch_keys, batch_values = (batch.cut(states, heads, 0, batch.length) for states in (keys, values))
+            kept += [batch_keys, batch_values]
+            for start, end in batch.blocks:
+                block = batch.cut(queries, heads, start, end)
+                future = _future(start, end, groups, q.dtype, q.device)
+                scores = torch.baddbmm(future, block, batch_keys[:, :end].transpose(1, 2), alpha=scaling)
+                probabilities = torch.softmax(scores, dim=-1)
+                kept += [block, probabilities]
+                batch.paste(torch.bmm(probabilities, batch_values[:, :end]), out, heads, start, end)
+        ctx.save_for_backward(*kept)
+        ctx.layout, ctx.scaling, ctx.heads = layout, scaling, heads
         return layout.unstack(out)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        queries, keys, values, *kept = ctx.saved_tensors
-        grad, groups = ctx.layout.stack(grad, len(keys)), queries.shape[1]
-        grad_q, grad_k, grad_v = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
-        for (first, start, end), probabilities in zip(_blocks(ctx.layout.bounds), kept, strict=True):
-            block, grad_block = (states[:, :, start:end].flatten(1, 2) for states in (queries, grad))
-            grad_v[:, first:end].baddbmm_(probabilities.transpose(1, 2), grad_block)
-            grad_p = torch.bmm(grad_block, values[:, first:end].transpose(1, 2))
-            grad_scores = torch._softmax_backward_data(grad_p, probabilities, -1, grad_p.dtype)
-            grad_block_q = torch.baddbmm(block, grad_scores, keys[:, first:end], beta=0, alpha=ctx.scaling)
-            grad_q[:, :, start:end] = grad_block_q.unflatten(1, (groups, -1))
-            grad_k[:, first:end].baddbmm_(grad_scores.transpose(1, 2), block, alpha=ctx.scaling)
-        grads = (ctx.layout.unstack(states) for states in (grad_q, grad_k[:, None], grad_v[:, None]))
-        return *grads, None, None
-
-
-def _blocks(bounds: tuple[tuple[int, int], ...]) -> Iterator[tuple[int, int, int]]:
-    """For each block of queries the first place of its document, its own first place, and its end."""
-    for first, end in bounds:
-        for start in range(first, end, BLOCK):
-            yield first, start, min(start + BLOCK, end)
+        layout, scaling, heads, kept = ctx.layout, ctx.scaling, ctx.heads, iter(ctx.saved_tensors)
+        grad = layout.stack(grad)
+        grad_q = torch.empty_like(grad)
+        grad_k, grad_v = (grad.new_empty(len(grad), heads, grad.shape[2]) for _ in range(2))
+        for batch in layout.batches:
+            keys, values = next(kept), next(kept)
+            batch_k, batch_v = torch.zeros_like(keys), torch.zeros_like(values)
+            for start, end in batch.blocks:
+                block, probabilities = next(kept), next(kept)
+                grad_block = batch.cut(grad, heads, start, end)
+                batch_v[:, :end].baddbmm_(probabilities.transpose(1, 2), grad_block)
+                grad_p = torch.bmm(grad_block, values[:, :end].transpose(1, 2))
+                grad_scores = torch._softmax_backward_data(grad_p, probabilities, -1, grad_p.dtype)
+                grad_block_q = torch.baddbmm(block, grad_scores, keys[:, :end], beta=0, alpha=scaling)
+                batch.paste(grad_block_q, grad_q, heads, start, end)
+                batch_k[:, :end].baddbmm_(grad_scores.transpose(1, 2), block, alpha=scaling)
+            batch.paste(batch_k, grad_k, heads, 0, batch.length)
+            batch.paste(batch_v, grad_v, heads, 0, batch.length)
+        return *(layout.unstack(states) for states in (grad_q, grad_k, grad_v)), None, None
 
 
 @lru_cache(maxsize=64)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_ft.model.machine import choose_head_columns, count_logits_rows, has_triton_loss
+from lora_ft.model.machine import ROUND_TO, choose_head_columns, count_logits_rows, has_triton_loss
 
 BLOCK_BYTES = 2 * 2**20
 """Logits in float32 at once: few enough to stay in a CPU's cache while six operations go over them."""
@@ -162,11 +162,12 @@ class _FrozenHead(torch.autograd.Function):
         loss = torch.empty(len(hidden), device=hidden.device)
         entropy = torch.empty_like(loss) if with_entropy else None
         is_top1 = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
-        gradient = torch.empty_like(states) if ctx.needs_input_grad[0] else None
         rows = count_logits_rows(len(hidden), weight.shape[0])
+        states = nn.functional.pad(states, (0, 0, 0, -len(hidden) % ROUND_TO))  # so that few shapes are ever multiplied
+        gradient = torch.empty_like(states) if ctx.needs_input_grad[0] else None
         columns = choose_head_columns(hidden.device.type, dtype) or weight.shape[0]
         buffer = torch.empty(rows, weight.shape[0], dtype=dtype, device=hidden.device)
-        for start in range(0, len(hidden), rows):
+        for start in range(0, len(states), rows):
             chunk = slice(start, start + rows)
             logits = buffer[: len(states[chunk])]
             for block, part in zip(weight.split(columns), logits.split(columns, dim=1), strict=True):
@@ -174,10 +175,11 @@ class _FrozenHead(torch.autograd.Function):
             if bias is not None:
                 logits += bias
             parts = loss[chunk], is_top1[chunk], None if entropy is None else entropy[chunk]
-            _score_and_differentiate(logits, targets[chunk], transform, Scores(*parts), gradient is not None)
+            scored = logits[: len(targets[chunk])]
+            _score_and_differentiate(scored, targets[chunk], transform, Scores(*parts), gradient is not None)
             if gradient is not None:
                 torch.mm(logits, weight, out=gradient[chunk])
-        ctx.save_for_backward(*([] if gradient is None else [gradient]))
+        ctx.save_for_backward(*([] if gradient is None else [gradient[: len(hidden)]]))
         ctx.dtype = hidden.dtype
         ctx.mark_non_differentiable(*[part for part in (is_top1, entropy) if part is not None])
         return loss, is_top1, entropy

@@ -44,7 +44,7 @@ class LabelledTrainer(LastingTrainer):
         """Trains; LoRA layers take the short way meanwhile, where no sharding needs their own call."""
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return super().train(*args, **kwargs)
-        with fused_lora(self.model):
+        with fused_lora(self.model, self.args.gradient_checkpointing):
             return super().train(*args, **kwargs)
 
     def forward_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

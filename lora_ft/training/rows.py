@@ -13,9 +13,7 @@ import torch
 
 from lora_ft.data.collate import Collator
 from lora_ft.data.render import IGNORE_INDEX
-
-ROUND_TO = 32
-"""Lengths of joined rows are multiples of this."""
+from lora_ft.model.machine import ROUND_TO
 
 
 @dataclass(frozen=True)
@@ -33,10 +31,7 @@ class RowJoiner:
     """For `Collator`, which has nothing to pad here."""
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """Tensors [1, T]: input_ids, labels, position_ids; T is a multiple of 32, filled up with tokens at position 0.
-
-        On a CPU a matrix product of a new shape takes half a millisecond to prepare, and there are sixty in a step.
-        """
+        """Tensors [1, T]: input_ids, labels, position_ids; T is a multiple of 32, filled up at position 0."""
         documents = [{"seq_lengths": [len(row["input_ids"])], **row} for row in rows]
         batch = Collator(self.pad_token_id, flatten=True)(documents)
         missing = -batch["input_ids"].shape[1] % ROUND_TO

@@ -66,7 +66,7 @@ class LoraTrainer(LastingTrainer, SFTTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains; the model attends by document and takes the short way through LoRA layers only meanwhile."""
         sharded = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()  # then only a layer's own call gathers weights
-        short_way = nullcontext() if sharded else fused_lora(self.model)
+        short_way = nullcontext() if sharded else fused_lora(self.model, self.args.gradient_checkpointing)
         with document_attention(self.model.get_base_model()), short_way:
             return super().train(*args, **kwargs)
 

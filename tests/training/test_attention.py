@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_ft.training import attention
-from lora_ft.training.attention import DOCUMENTS, DocumentMask, document_attention, keeps_documents_apart
+from lora_ft.training.attention import DOCUMENTS, DocumentMask, Run, document_attention, keeps_documents_apart
 
 SHAPE = {
     "hidden_size": 64,
@@ -105,8 +105,29 @@ def test_matrix_products_in_bfloat16(kind, lengths):
 @pytest.mark.parametrize("kind", ["llama", "mistral window"])
 def test_matrix_products_are_exact_in_float32(kind, monkeypatch):
     monkeypatch.setattr(attention, "prefers_matmul_attention", lambda device, dtype: True)
-    monkeypatch.setattr(attention, "BLOCK", 4)
+    for name, value in {"ROUND_TO": 4, "SMALLEST_BLOCK": 4, "CALL_PAIRS": 16}.items():
+        monkeypatch.setattr(attention, name, value)
     test_equal_to_the_dense_mask(kind, "several rows")
+
+
+def test_documents_of_about_one_length_are_multiplied_together():
+    lengths = (300, 290, 1, 40, 290, 33, 1)
+    layout = DocumentMask(tuple(Run(1, length) for length in lengths), torch.device("cpu")).layout
+    found = [(batch.first, batch.count, batch.length, list(batch.blocks)) for batch in layout.batches]
+    assert found == [(0, 3, 320, [(0, 160), (160, 320)]), (960, 2, 64, [(0, 64)])]
+    states = torch.randn(sum(lengths), 2, 4)
+    stacked = layout.stack(states)
+    assert stacked.shape == (960 + 128, 2, 4) and torch.equal(stacked[320:610], states[300:590])
+    assert stacked[300:320].abs().max() == 0
+    back = layout.unstack(stacked)
+    alone = torch.tensor([590, sum(lengths) - 1])
+    assert torch.equal(back, states.index_fill(0, alone, 0)) and back[alone].abs().max() == 0
+
+
+def test_a_batch_of_documents_is_no_larger_than_it_may_be():
+    lengths = [1024] * 3 + [512] * 5
+    layout = DocumentMask(tuple(Run(1, length) for length in lengths), torch.device("cpu")).layout
+    assert [(batch.count, batch.length) for batch in layout.batches] == [(1, 1024)] * 3 + [(4, 512), (1, 512)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -68,6 +68,18 @@ def join(gradients):
     return torch.cat([gradient.flatten() for gradient in gradients.values()])
 
 
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_weights_stay_packed_where_memory_is_scarce(tiny_base, monkeypatch, checkpointing):
+    monkeypatch.setattr(lora_linear, "can_keep_unpacked", lambda num_bytes: True)
+    unpacked, unpack = [], lora_linear._FusedForward._unpack
+    monkeypatch.setattr(lora_linear._FusedForward, "_unpack", lambda self: unpacked.append(self) or unpack(self))
+    model = load(tiny_base, "float32", NF4)
+    with fused_lora(model, checkpointing):
+        assert len(unpacked) == (0 if checkpointing else 14)
+        run(model)
+    assert len(unpacked) == (25 if checkpointing else 14)  # twice, but where no gradient goes on: the first q, k and v
+
+
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
 def test_unpacked_weights_are_counted_in_the_type_they_are_unpacked_to(tiny_base, monkeypatch, dtype, size):
     counted = []
