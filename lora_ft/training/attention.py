@@ -80,6 +80,7 @@ class DocumentMask:
             start, length = starts[document], lengths[document]
             scatter[start : start + length] = range(len(gather), len(gather) + length)
             gather += [*range(start, start + length), *[-1] * (width - length)]
+        gather = gather or [-1]  # where no document has a second token, so that there is a place to take zeros from
         return Layout(*_split_missing(gather, self.device), *_split_missing(scatter, self.device), batches)
 
 
@@ -128,14 +129,14 @@ def _batch_documents(lengths: list[int]) -> Iterator[Batch]:
 
     One joins the batch of those before it where what it is filled up with costs less than products of its own.
     """
-    first = 0
-    while lengths:
-        longest = -(-lengths[0] // ROUND_TO) * ROUND_TO
+    first, filled = 0, [-(-length // ROUND_TO) * ROUND_TO for length in lengths]
+    while filled:
+        longest = filled[0]
         most = max(1, BATCH_PAIRS // longest**2)
-        shorter = (number for number, length in enumerate(lengths[:most]) if longest**2 - length**2 > CALL_PAIRS)
-        count = max(1, next(shorter, min(most, len(lengths))))
+        shorter = (number for number, length in enumerate(filled[:most]) if longest**2 - length**2 > CALL_PAIRS)
+        count = next(shorter, min(most, len(filled)))
         yield Batch(first, count, longest)
-        first, lengths = first + count * longest, lengths[count:]
+        first, filled = first + count * longest, filled[count:]
 
 
 def _split_missing(indices: list[int], device: torch.device) -> tuple[Tensor, Tensor]:

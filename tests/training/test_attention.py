@@ -125,9 +125,18 @@ def test_documents_of_about_one_length_are_multiplied_together():
 
 
 def test_a_batch_of_documents_is_no_larger_than_it_may_be():
-    lengths = [1024] * 3 + [512] * 5
+    lengths = [1000] * 3 + [545] * 3 + [512] * 5
     layout = DocumentMask(tuple(Run(1, length) for length in lengths), torch.device("cpu")).layout
-    assert [(batch.count, batch.length) for batch in layout.batches] == [(1, 1024)] * 3 + [(4, 512), (1, 512)]
+    found = [(batch.count, batch.length) for batch in layout.batches]
+    assert found == [(1, 1024)] * 3 + [(3, 576), (4, 512), (1, 512)]
+
+
+def test_rows_of_single_tokens_attend_to_nothing():
+    layout = DocumentMask((Run(3, 1),), torch.device("cpu")).layout
+    states = torch.ones(3, 2, 4, dtype=torch.bfloat16, requires_grad=True)
+    attended = attention._MatmulAttention.apply(states, states, states, layout, 0.5)
+    attended.sum().backward()
+    assert layout.batches == () and not attended.any() and not states.grad.any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
