@@ -190,7 +190,12 @@ def count_logits_rows(num_tokens: int, vocab_size: int) -> int:
     """Tokens whose logits are held at once: about as many as `NUM_LOGITS` allow, in chunks of about one length."""
     most = max(FEWEST_LOGITS_ROWS, NUM_LOGITS // vocab_size)
     num_chunks = max(1, math.ceil(num_tokens / most))
-    return max(1, math.ceil(num_tokens / num_chunks / ROUND_TO)) * ROUND_TO
+    return fill_up(max(1, math.ceil(num_tokens / num_chunks)))
+
+
+def fill_up(number: int) -> int:
+    """The next multiple of `ROUND_TO`, or the number itself if it is one."""
+    return -(-number // ROUND_TO) * ROUND_TO
 
 
 def count_logits_bytes(kind: str, num_tokens: int, vocab_size: int, bytes_per_logit: int) -> int:
@@ -233,13 +238,14 @@ def choose_mapped_bytes(device_type: str, dtype: Any, checkpointing: bool) -> in
     return SCARCE_BYTES if checkpointing else LARGE_BYTES
 
 
-def can_keep_unpacked(num_bytes: int, memory_bytes: int | None = None) -> bool:
-    """Whether 4-bit weights may also lie unpacked in memory, for a tenth of a step: if they take a twentieth of it.
+def can_keep_unpacked(num_bytes: int, checkpointing: bool, memory_bytes: int | None = None) -> bool:
+    """Whether 4-bit weights may also lie unpacked in memory, for a tenth of a step: if they take a twentieth of it, and
+    no gradient `checkpointing` shows that memory is scarce.
 
     `memory_bytes` is this process's share; where it is left out, that of all that were launched on this machine.
     """
     share = _main_memory_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return num_bytes <= (share if memory_bytes is None else memory_bytes) // 20
+    return not checkpointing and num_bytes <= (share if memory_bytes is None else memory_bytes) // 20
 
 
 def place_untrained() -> Any:

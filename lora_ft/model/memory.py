@@ -162,8 +162,8 @@ def _standing(profile: ModelProfile, work: Workload, hardware: Hardware) -> Iter
     note = f"{count(profile.other_parameters - unread)} × {8 * profile.dtype_bytes} bit{shares}"
     yield Cause("base, embeddings and head", other, note)
     unpacked = profile.dtype_bytes * profile.adapted_parameters
-    is_single_cpu = hardware.kind == "cpu" and whole == 1 and not work.checkpointing
-    if bits < 8 and is_single_cpu and can_keep_unpacked(unpacked, hardware.memory_bytes):
+    has_room = can_keep_unpacked(unpacked, work.checkpointing, hardware.memory_bytes)
+    if bits < 8 and hardware.kind == "cpu" and whole == 1 and has_room:
         note = f"4-bit weights once more in {8 * profile.dtype_bytes} bit, as memory allows it"
         yield Cause("base, unpacked", unpacked, note)
     trained = profile.trained_parameters

@@ -25,7 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, masking_uti
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward, use_gqa_in_sdpa
 from transformers.masking_utils import sdpa_mask
 
-from lora_ft.model.machine import ROUND_TO, prefers_matmul_attention
+from lora_ft.model.machine import fill_up, prefers_matmul_attention
 
 DOCUMENTS = "sdpa_documents"
 """Name of this attention among transformers' (`model.config._attn_implementation`)."""
@@ -105,7 +105,7 @@ class Batch:
     def blocks(self) -> Iterator[tuple[int, int]]:
         """First query of each block, and its end; the more blocks, the less of the square is made, in more calls."""
         number = max(1, round((self.count * self.length**2 / (2 * CALL_PAIRS)) ** 0.5))
-        size = max(SMALLEST_BLOCK, -(-self.length // (number * ROUND_TO)) * ROUND_TO)
+        size = max(SMALLEST_BLOCK, fill_up(-(-self.length // number)))
         for start in range(0, self.length, size):
             yield start, min(start + size, self.length)
 
@@ -129,7 +129,7 @@ def _batch_documents(lengths: list[int]) -> Iterator[Batch]:
 
     One joins the batch of those before it where what it is filled up with costs less than products of its own.
     """
-    first, filled = 0, [-(-length // ROUND_TO) * ROUND_TO for length in lengths]
+    first, filled = 0, [fill_up(length) for length in lengths]
     while filled:
         longest = filled[0]
         most = max(1, BATCH_PAIRS // longest**2)

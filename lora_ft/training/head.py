@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lora_ft.model.machine import ROUND_TO, choose_head_columns, count_logits_rows, has_triton_loss
+from lora_ft.model.machine import choose_head_columns, count_logits_rows, fill_up, has_triton_loss
 
 BLOCK_BYTES = 2 * 2**20
 """Logits in float32 at once: few enough to stay in a CPU's cache while six operations go over them."""
@@ -163,7 +163,8 @@ class _FrozenHead(torch.autograd.Function):
         entropy = torch.empty_like(loss) if with_entropy else None
         is_top1 = torch.empty(len(hidden), dtype=torch.bool, device=hidden.device)
         rows = count_logits_rows(len(hidden), weight.shape[0])
-        states = nn.functional.pad(states, (0, 0, 0, -len(hidden) % ROUND_TO))  # so that few shapes are ever multiplied
+        missing = fill_up(len(hidden)) - len(hidden)
+        states = nn.functional.pad(states, (0, 0, 0, missing))  # so that few shapes are ever multiplied
         gradient = torch.empty_like(states) if ctx.needs_input_grad[0] else None
         columns = choose_head_columns(hidden.device.type, dtype) or weight.shape[0]
         buffer = torch.empty(rows, weight.shape[0], dtype=dtype, device=hidden.device)

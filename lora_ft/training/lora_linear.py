@@ -23,7 +23,7 @@ from lora_ft.model.machine import can_keep_unpacked, prefers_fused_lora
 def fused_lora(model: nn.Module, checkpointing: bool = False) -> Iterator[int]:
     """Within it, the model's plain LoRA layers go the short way; their number comes back.
 
-    With gradient `checkpointing`, which shows that memory is scarce, 4-bit weights stay packed.
+    `checkpointing` says whether activations are computed again: `can_keep_unpacked` asks.
 
     Layers that do more than x·Wᵀ + s·x·Aᵀ·Bᵀ (DoRA and other variants, a trained bias), are sharded, or lie on a device
     where the short way is not known to be faster keep PEFT's forward.
@@ -31,7 +31,7 @@ def fused_lora(model: nn.Module, checkpointing: bool = False) -> Iterator[int]:
     layers = [layer for layer in model.modules() if _is_plain_lora(layer)]
     bases = [layer.get_base_layer() for layer in layers]
     sizes = [_compute_dtype(base).itemsize * base.in_features * base.out_features for base in bases if _is_4bit(base)]
-    keep = not checkpointing and can_keep_unpacked(sum(sizes))
+    keep = can_keep_unpacked(sum(sizes), checkpointing)
     for layer in layers:
         layer.forward = _FusedForward(layer, keep)
     try:

@@ -13,7 +13,7 @@ import torch
 
 from lora_ft.data.collate import Collator
 from lora_ft.data.render import IGNORE_INDEX
-from lora_ft.model.machine import ROUND_TO
+from lora_ft.model.machine import fill_up
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class RowJoiner:
         """Tensors [1, T]: input_ids, labels, position_ids; T is a multiple of 32, filled up at position 0."""
         documents = [{"seq_lengths": [len(row["input_ids"])], **row} for row in rows]
         batch = Collator(self.pad_token_id, flatten=True)(documents)
-        missing = -batch["input_ids"].shape[1] % ROUND_TO
+        num_tokens = batch["input_ids"].shape[1]
+        missing = fill_up(num_tokens) - num_tokens
         fillers = {"input_ids": self.pad_token_id, "labels": IGNORE_INDEX, "position_ids": 0}
         return {name: torch.nn.functional.pad(batch[name], (0, missing), value=fillers[name]) for name in fillers}
 

@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lora_ft.model import machine
 from lora_ft.training import attention
 from lora_ft.training.attention import DOCUMENTS, DocumentMask, Run, document_attention, keeps_documents_apart
 
@@ -105,8 +106,9 @@ def test_matrix_products_in_bfloat16(kind, lengths):
 @pytest.mark.parametrize("kind", ["llama", "mistral window"])
 def test_matrix_products_are_exact_in_float32(kind, monkeypatch):
     monkeypatch.setattr(attention, "prefers_matmul_attention", lambda device, dtype: True)
-    for name, value in {"ROUND_TO": 4, "SMALLEST_BLOCK": 4, "CALL_PAIRS": 16}.items():
-        monkeypatch.setattr(attention, name, value)
+    monkeypatch.setattr(machine, "ROUND_TO", 4)
+    monkeypatch.setattr(attention, "SMALLEST_BLOCK", 4)
+    monkeypatch.setattr(attention, "CALL_PAIRS", 16)
     test_equal_to_the_dense_mask(kind, "several rows")
 
 

@@ -51,7 +51,7 @@ def compare(model, tolerance, autocast=False):
 @pytest.mark.parametrize("lora", [{}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 2}}], ids=str)
 def test_equal_to_peft(tiny_base, monkeypatch, quantization, dtype, keep, lora):
     """In bfloat16, where processors round sums in their own order, no further from PEFT's than that is from float32."""
-    monkeypatch.setattr(lora_linear, "can_keep_unpacked", lambda num_bytes: keep)
+    monkeypatch.setattr(lora_linear, "can_keep_unpacked", lambda num_bytes, checkpointing: keep)
     model = load(tiny_base, dtype, quantization, **lora)
     if dtype == "float32":
         assert compare(model, 1e-6) == 14  # seven matrices in each of two layers
@@ -70,7 +70,6 @@ def join(gradients):
 
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_weights_stay_packed_where_memory_is_scarce(tiny_base, monkeypatch, checkpointing):
-    monkeypatch.setattr(lora_linear, "can_keep_unpacked", lambda num_bytes: True)
     unpacked, unpack = [], lora_linear._FusedForward._unpack
     monkeypatch.setattr(lora_linear._FusedForward, "_unpack", lambda self: unpacked.append(self) or unpack(self))
     model = load(tiny_base, "float32", NF4)
@@ -83,7 +82,7 @@ def test_weights_stay_packed_where_memory_is_scarce(tiny_base, monkeypatch, chec
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
 def test_unpacked_weights_are_counted_in_the_type_they_are_unpacked_to(tiny_base, monkeypatch, dtype, size):
     counted = []
-    monkeypatch.setattr(lora_linear, "can_keep_unpacked", counted.append)
+    monkeypatch.setattr(lora_linear, "can_keep_unpacked", lambda num_bytes, checkpointing: counted.append(num_bytes))
     model = load(tiny_base, dtype, NF4)
     with fused_lora(model):
         layers = [layer.get_base_layer() for layer in model.modules() if isinstance(layer, LoraLayer)]
