@@ -11,8 +11,7 @@ from pathlib import Path
 from lora_ft.errors import UserError
 from lora_ft.export.card import CAUSAL, merged_facts, render_card
 from lora_ft.export.companions import copy_companions
-from lora_ft.export.merge_plan import MergePlan
-from lora_ft.export.merge_report import REPORT_NAME, MergeReport, Onto, write_report
+from lora_ft.export.merge_report import REPORT_NAME, MergeReport, Onto, read_report, write_report
 from lora_ft.export.merged_folder import IDENTITY_NAME, open_draft, write_config, write_index
 from lora_ft.export.ollama import write_modelfile
 from lora_ft.export.prepare_merge import Merge, prepare_merge
@@ -50,7 +49,7 @@ def merge_adapter(
     """
     started, out = time.monotonic(), out.resolve()  # `.` has no name beside which a draft could grow
     merge = prepare_merge(adapter, base, dtype, onto, trust_remote_code)
-    refuse_place(out, merge.plan)
+    refuse_place(out, merge)
     with lock_merge(out):
         draft = open_draft(out, merge.identity())
         tensors = write_merged(merge.plan.tensors, draft)
@@ -71,20 +70,35 @@ def merge_adapter(
     return report
 
 
-def refuse_place(out: Path, plan: MergePlan) -> None:
+def refuse_place(out: Path, merge: Merge) -> None:
     """Nothing if the merged model can take the name `out`, and there is room for it.
 
     Raises:
-        UserError: something else lies there, which would be lost, or the disk is too full.
+        UserError: something else lies there, which would be lost, or it would lie inside of what it is made of, or the
+            disk is too full.
     """
-    if out.exists() and not (out / REPORT_NAME).is_file() and (not out.is_dir() or any(out.iterdir())):
-        rule = "Something else than a merged model lies there, and would be replaced."
-        raise UserError("--out", str(out), rule, "Name a new folder.")
+    sources = [merge.base.folder, *(part.adapter.folder for part in merge.parts)]
+    inside = next((folder for folder in sources if folder.resolve() in (out, *out.parents)), None)
+    if inside is not None:
+        raise UserError("--out", str(out), f"It would lie inside of {inside}.", "Name a folder beside it.")
+    if out.exists() and not _is_replaceable(out, merge):
+        rule = "Something else than an earlier merge of this lies there, and would be replaced."
+        raise UserError("--out", str(out), rule, "Name a new folder, or remove that one.")
     out.parent.mkdir(parents=True, exist_ok=True)
-    needed, free = sum(tensor.num_bytes for tensor in plan.tensors), shutil.disk_usage(out.parent).free
+    needed, free = sum(tensor.num_bytes for tensor in merge.plan.tensors), shutil.disk_usage(out.parent).free
     if needed > free:
         rule = f"The merged model takes {needed / 1e9:.1f} GB; {free / 1e9:.1f} GB are free there."
         raise UserError("--out", str(out), rule, "Make room, or name a folder on another disk.")
+
+
+def _is_replaceable(out: Path, merge: Merge) -> bool:
+    """Whether what lies in `out` is an empty folder, a run's own merged model, or one of the same base and adapters."""
+    if not (out / REPORT_NAME).is_file():
+        return out.is_dir() and not any(out.iterdir())
+    if out == merge.parts[0].adapter.folder.resolve().with_name("merged"):
+        return True
+    report, adapters = read_report(out), tuple(zip(merge.adapter_hashes, merge.weights, strict=True))
+    return report is not None and (report.base_fingerprint, report.adapters) == (merge.base.fingerprint, adapters)
 
 
 @contextmanager
@@ -114,7 +128,7 @@ def describe_merge(merge: Merge, draft: Path, tensors: dict[str, str], seconds: 
         base=merge.base.name,
         revision=merge.base.revision,
         base_fingerprint=merge.base.fingerprint,
-        adapters=tuple(zip(merge.adapter_hashes, (part.weight for part in merge.parts), strict=True)),
+        adapters=tuple(zip(merge.adapter_hashes, merge.weights, strict=True)),
         onto=merge.onto,
         dtype=merge.stored_dtype,
         num_tensors=len(plan.tensors),

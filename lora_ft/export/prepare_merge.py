@@ -48,6 +48,11 @@ class Merge:
         return tuple(hash_tensors(part.adapter.folder / TENSORS_NAME) for part in self.parts)
 
     @property
+    def weights(self) -> tuple[float, ...]:
+        """That of each adapter."""
+        return tuple(part.weight for part in self.parts)
+
+    @property
     def task_type(self) -> str | None:
         """PEFT's name of what the merged model is for; None where the adapter does not say."""
         return self.parts[0].adapter.config.task_type

@@ -314,6 +314,30 @@ def test_nothing_but_an_earlier_merge_is_replaced(plain, tmp_path):
         merge_adapter(plain.adapter, tmp_path / "merged", prove=False)
 
 
+def test_a_merged_model_of_another_adapter_is_not_replaced_but_by_its_own_run(plain, copied, tmp_path):
+    merge_adapter(plain.adapter, tmp_path / "merged", prove=False)
+    before = (tmp_path / "merged" / "merge_report.json").read_text()
+    with pytest.raises(UserError, match="earlier merge of this lies there"):
+        merge_adapter([(plain.adapter, 0.5)], tmp_path / "merged", prove=False)
+    assert (tmp_path / "merged" / "merge_report.json").read_text() == before
+    own = copied.with_name("merged")
+    for weight in (1.0, 0.5):
+        merge_adapter([(copied, weight)], own, prove=False)
+    assert "0.5" in (own / "merge_report.json").read_text()
+    (own / "merge_report.json").write_text("{")
+    with pytest.raises(UserError, match=r"merge_report\.json"):
+        merge_adapter(plain.adapter, own, prove=False)
+
+
+@pytest.mark.parametrize("place", ["", "merged", "a/b"])
+def test_a_merged_model_does_not_go_into_what_it_is_made_of(plain, copied, place):
+    for folder in (copied, plain.base.folder):
+        before = sorted(folder.rglob("*"))
+        with pytest.raises(UserError, match="It would lie inside of"):
+            merge_adapter(copied, folder / place, prove=False)
+        assert sorted(folder.rglob("*")) == before
+
+
 def test_a_disk_without_room_is_noticed_before_anything_is_written(plain, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
