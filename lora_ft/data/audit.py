@@ -38,6 +38,8 @@ BATCH_ROWS = 8
 UNEVEN = 3.0
 """A label this many times as frequent as another is worth a note."""
 
+JOINTS = re.compile(r"(?<=[^\W\d_])[\s_-]+(?=[^\W\d_])")
+"""What joins two words."""
 ODDITIES: dict[str, re.Pattern[str]] = {
     "mojibake": re.compile("Ã[\x80-\xbf]|â€|Â[\xa0-\xbf]"),
     "lost characters": re.compile("\ufffd"),
@@ -139,7 +141,7 @@ def audit_splits(splits: Splits, section: DataSection, tokenizer: PreTrainedToke
         *check_copies(splits),
         *check_begin(splits, tokenizer),
         *text_checks,
-        *check_balance(labels),
+        *check_labels(labels),
     ]
     weight = {"warning": 0, "note": 1, "ok": 2}
     ordered = sorted(checks, key=lambda check: weight[check.verdict])
@@ -291,12 +293,28 @@ def find_script(text: str) -> str:
     return unicodedata.name(letter.group(), "UNKNOWN").split()[0].split("-")[0].capitalize() if letter else "None"
 
 
-def check_balance(labels: Mapping[str, int]) -> list[Check]:
-    """Labels that are much more frequent than others."""
+def check_labels(labels: Mapping[str, int]) -> list[Check]:
+    """Labels that are much more frequent than others, or that were probably meant to be one."""
     if len(labels) < 2:
         return []
     most, fewest = max(labels, key=labels.__getitem__), min(labels, key=labels.__getitem__)
     is_uneven = labels[most] >= UNEVEN * labels[fewest]
     share = labels[most] / sum(labels.values())
-    meaning = f"Always saying {most!r} would be right in {share:.0%} of rows. Set data.balance: true."
-    return [judge("uneven labels", int(is_uneven), "note", meaning)]
+    uneven = f"Always saying {most!r} would be right in {share:.0%} of rows. Set data.balance: true."
+    spellings: dict[str, list[str]] = {}
+    for label in labels:
+        spellings.setdefault(_spell(label), []).append(label)
+    alike = [", ".join(map(repr, names)) for names in spellings.values() if len(names) > 1]
+    two = f"They are told apart as any others. Write one where one is meant: {'; '.join(alike[:MAX_PLACES])}."
+    return [
+        judge("uneven labels", int(is_uneven), "note", uneven),
+        judge("labels that look alike", len(alike), "warning", two),
+    ]
+
+
+def _spell(label: str) -> str:
+    """What is left of a label that others may write in another way: `Not Spam`, `not_spam`; `1`, `01`."""
+    plain = unicodedata.normalize("NFKC", label).casefold()
+    if plain.isdecimal():
+        return str(int(plain))
+    return JOINTS.sub("", plain)

@@ -18,7 +18,7 @@ from lora_ft.sections import DataSection
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Part of the fingerprint; raise it when the same input gives other files."""
 MANIFEST = "manifest.json"
 NOT_CONTENT = ("sources", "chat_template", "cache_dir", "strict")

@@ -12,6 +12,7 @@ from lora_ft.data.audit import LEAKS, find_script
 from lora_ft.data.audit_table import print_audit
 from lora_ft.data.prepare import check_data
 from lora_ft.data.split import SPLITS
+from lora_ft.errors import UserError
 from lora_ft.sections import SourceSection, SplitSection
 from tests.data.bases import make_tokenizer
 
@@ -142,6 +143,32 @@ def test_labels_are_counted_and_unevenness_noted(write_rows):
     assert report.labels == {"rare": 5, "common": 45} and count(report, "uneven labels") == 1
     assert "common 45 (90%)" in printed(report)
     assert count(audit(write_rows, rows, task="classification", balance=True), "uneven labels") == 0
+
+
+@pytest.mark.parametrize(
+    ("labels", "is_told"),
+    [
+        (["spam", "Spam", "ham"], True),
+        (["not spam", "not_spam", "Not-Spam"], True),
+        (["1", "01"], True),
+        (["c", "c++", "c#"], False),
+        (["-1", "1", "1-2", "12"], False),
+        (["a1", "a-1"], False),
+    ],
+    ids=str,
+)
+def test_labels_that_may_be_one_are_named(write_rows, labels, is_told):
+    rows = [{"text": f"text {number}", "label": label} for number in range(20) for label in labels]
+    report = audit(write_rows, rows, task="classification")
+    assert count(report, "labels that look alike") == is_told
+    said = " ".join(printed(report).split())
+    assert not is_told or all(repr(label) in said for label in labels if label != "ham")
+
+
+def test_one_label_teaches_nothing(write_rows):
+    rows = [{"text": f"text {number}", "label": "spam"} for number in range(20)]
+    with pytest.raises(UserError, match=r"data\.sources: spam\n  All rows have this label"):
+        audit(write_rows, rows, task="classification")
 
 
 def test_packed_and_unpacked_data_have_the_same_lengths(write_rows):
