@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,14 +135,20 @@ def open_study(folder: Path, recipe: Recipe, axes: Sequence[Axis]) -> Any:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     identity = hash_json([dump_recipe(replace(recipe, output_dir=Path())), describe_space(axes)])
-    study = optuna.create_study(
+    create = partial(
+        optuna.create_study,
         study_name="sweep",
         storage=find_storage(folder),
         direction="minimize",
         load_if_exists=True,
         pruner=optuna.pruners.MedianPruner(n_startup_trials=STARTUP_TRIALS),
     )
-    if study.user_attrs.setdefault("identity", identity) != identity:
+    study = create()
+    if study.user_attrs.get("identity", identity) != identity and count_ended(study) == 0:
+        optuna.delete_study(study_name="sweep", storage=find_storage(folder))  # its first trial was refused
+        shutil.rmtree(folder / "trials", ignore_errors=True)
+        study = create()
+    if study.user_attrs.get("identity", identity) != identity:
         rule = "The sweep in this folder was begun with another recipe or another space."
         raise UserError(str(folder), None, rule, "Name another --out, or remove the folder.")
     study.set_user_attr("identity", identity)

@@ -203,6 +203,9 @@ def test_a_recipe_that_is_refused_ends_the_sweep(recipe_file, space_file, tmp_pa
 
     with pytest.raises(UserError, match="no such base"):
         sweep(recipe_file(), space_file(), 4, folder=tmp_path / "out", run_trial=refuse)
+    mended = space_file({"lora.r": [2, 4]})
+    result = sweep(recipe_file(), mended, 2, ["lora.lora_alpha=2"], folder=tmp_path / "out", run_trial=pretend)
+    assert [set(trial.settings) for trial in result.trials] == [{"lora.r"}] * 2
 
 
 def test_another_sweep_in_the_folder_is_refused(recipe_file, space_file, tmp_path):
