@@ -13,9 +13,9 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from lora_ft.errors import Interrupted, UserError
+from lora_ft.errors import Fault, Interrupted, UserError
 from lora_ft.libraries import own_process
 
 FIRST_RANK_SECONDS, LAST_WORD_SECONDS = 20.0, 2.0
@@ -60,14 +60,44 @@ def _run_command(options: argparse.Namespace) -> int:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command and its options; overrides may stand before and after options, which argparse alone refuses."""
+    """The command and its options; overrides may stand before and after options, which argparse alone refuses.
+
+    What is wrong with them argparse says in its way, and ends the process with 2; for machines it is a document too.
+    """
+    words = sys.argv[1:] if arguments is None else arguments
     parser = build_parser()
-    options, rest = parser.parse_known_args(arguments)
-    if rest and ("overrides" not in options or any(word.startswith("-") for word in rest)):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        options, rest = parser.parse_known_args(words)
+        if rest and ("overrides" not in options or any(word.startswith("-") for word in rest)):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    except Misuse as fault:
+        if "--json" in words:
+            said = Fault("command line", None, fault.message, f"See {fault.parser.prog} --help")
+            print(json.dumps({"ok": False, "faults": [vars(said)]}, indent=2, ensure_ascii=False))
+        argparse.ArgumentParser.error(fault.parser, fault.message)
     if rest:
         options.overrides += rest
     return options
+
+
+class Misuse(Exception):
+    """A command line that is none."""
+
+    def __init__(self, parser: argparse.ArgumentParser, message: str):
+        self.parser, self.message = parser, message
+        super().__init__(message)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's own, but for what it does about an error."""
+
+    def error(self, message: str) -> NoReturn:
+        """Leaves it to who reads the command line.
+
+        Raises:
+            Misuse: always.
+        """
+        raise Misuse(self, message)
 
 
 class TellVersion(argparse.Action):
@@ -82,7 +112,7 @@ class TellVersion(argparse.Action):
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(prog="lora-ft", description="LoRA and QLoRA fine-tuning that proves what it did.")
+    parser = Parser(prog="lora-ft", description="LoRA and QLoRA fine-tuning that proves what it did.")
     parser.add_argument("--version", action=TellVersion, nargs=0, help="tell the version and exit")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 

@@ -63,6 +63,13 @@ def test_wrong_words_end_with_2(words, capsys):
     with pytest.raises(SystemExit) as ended:
         main(words)
     assert ended.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == "" and "usage: lora-ft" in said.err and ": error: " in said.err
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--json"])
+    assert ended.value.code == 2
+    (fault,) = json.loads(capsys.readouterr().out)["faults"]
+    assert fault["place"] == "command line" and fault["rule"] in said.err.replace("\n", " ")
 
 
 @pytest.mark.parametrize(
