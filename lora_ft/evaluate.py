@@ -57,7 +57,7 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
     if not (folder / "adapter").is_dir():
         raise unfinished_run(folder)
     refuse_changed(folder / "adapter")
-    check_metrics(recipe.evaluation.metrics)
+    raise_faults(check_metrics(recipe.evaluation.metrics))
     base = find_base(recipe.model.base, manifest["base"]["revision"], recipe.model.trust_remote_code)
     load_libraries("datasets")
     tokenizer = load_tokenizer(base.folder, recipe.model, recipe.data.chat_template)

@@ -21,6 +21,7 @@ from lora_ft.errors import Fault, UserError, raise_faults
 from lora_ft.library_fields import LIBRARY_CLASSES, LibraryField, accepts, describe, find_class, read_fields
 from lora_ft.recipe_paths import resolve_paths
 from lora_ft.recipe_rules import (
+    EXTENT,
     FORMER,
     IDLE,
     INERT,
@@ -140,7 +141,16 @@ def _apply_overrides(document: Document, overrides: Iterable[str]) -> set[Key]:
         for depth in range(1, len(key) + 1):
             document.places.setdefault(key[:depth], "command line")
         overridden.add(key)
+    _replace_extent(document.values.get("training"), [key for key in EXTENT if ("training", key) in overridden])
     return overridden
+
+
+def _replace_extent(training: Any, overridden: list[str]) -> None:
+    """How long a run is, if one way of saying so was overridden: the file's other way is taken out."""
+    if isinstance(training, dict) and len(overridden) == 1 and training[overridden[0]] not in (None, -1):
+        for key in EXTENT:
+            if key not in overridden:
+                training.pop(key, None)
 
 
 def _set_value(values: Any, key: Key, value: Any) -> None:
@@ -301,6 +311,10 @@ def _check_together(values: dict[str, Any], document: Document, faults: list[Fau
         faults.append(Fault(document.path, None, rule, "Add lora: {r: 16, lora_alpha: 32, target_modules: all-linear}"))
     _check_quantization(quantization, document, faults)
     training = section("training")
+    if training.get("num_train_epochs") is not None and training.get("max_steps") not in (None, -1):
+        rule = "training.max_steps says how long the run is, and this does nothing beside it."
+        place = document.place(("training", "num_train_epochs"))
+        faults.append(Fault(place, training["num_train_epochs"], rule, "Remove one of them."))
     for key in ("dataloader_persistent_workers", "dataloader_prefetch_factor"):
         if training.get(key) and not training.get("dataloader_num_workers"):
             rule = "Without training.dataloader_num_workers there is no worker."

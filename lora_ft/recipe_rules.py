@@ -108,6 +108,8 @@ FORMER = {
 """Names of older releases and other tools → what is written now."""
 UNMEASURED = {"classification": ("generate", "metrics", "max_new_tokens", "general"), "seq2seq": ("general",)}
 """`data.task` → keys of `evaluation` that say nothing there: a class is not written, and an answer is no text."""
+EXTENT = ("num_train_epochs", "max_steps")
+"""Training settings that say how long a run is; it may become longer. Of both, transformers goes by the second."""
 IDLE = {
     "load_in_4bit": ("llm_int8_threshold", "llm_int8_has_fp16_weight"),
     "load_in_8bit": ("bnb_4bit_",),

@@ -20,9 +20,9 @@ from lora_ft.evaluation.general import prepare_general
 from lora_ft.evaluation.metrics import check_metrics
 from lora_ft.libraries import load_libraries, quiet_libraries
 from lora_ft.model.load import find_config, load_tokenizer
-from lora_ft.model.machine import Machine, choose_settings, settle_validation
+from lora_ft.model.machine import Machine, check_machine, choose_settings, settle_validation
 from lora_ft.model.planning import AUTO, RecipePlan, plan_memory, refuse_unfit
-from lora_ft.model.stored import check_export, check_tokens
+from lora_ft.model.stored import check_export, check_tokens, describe_reach
 from lora_ft.sections import Recipe
 from lora_ft.training.distributed import Launch, check_launch, describe_hardware, settle_launch
 from lora_ft.training.steering import check_reach, check_steering
@@ -41,10 +41,15 @@ def settle_recipe(recipe: Recipe, machine: Machine, launch: Launch) -> Recipe:
         print(f"model.trust_remote_code: Python code beside {recipe.model.base} may run here", file=sys.stderr)
     if machine.device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, where it is installed, prints a warning
-    check_metrics(recipe.evaluation.metrics)
-    check_section(recipe.data)
+    raise_faults(
+        [
+            *check_section(recipe.data),
+            *check_trackers(recipe.training),
+            *check_metrics(recipe.evaluation.metrics),
+            *check_machine(recipe, machine),
+        ]
+    )
     recipe = settle_launch(choose_settings(recipe, machine), launch)
-    raise_faults(check_trackers(recipe.training))
     check_launch(launch, recipe)
     return recipe
 
@@ -68,6 +73,8 @@ def fit_recipe(
     planned = plan_memory(recipe, base_folder, describe_hardware(machine, launch), splits.longest_row)
     check_launch(launch, planned.recipe)  # once more: a batch size may have been chosen
     check_tokens(recipe, base_folder, tokenizer, splits)
+    if not recipe.data.packing and (remark := describe_reach(recipe, base_folder, splits.longest_row)):
+        print(remark, file=sys.stderr)
     refuse_unfit(planned)
     return planned
 

@@ -9,10 +9,13 @@ import pytest
 
 from lora_ft.builtin import locate_model
 from lora_ft.errors import UserError
+from lora_ft.model.machine import Machine
 from lora_ft.model.memory import Hardware
 from lora_ft.model.planning import describe_work, plan_memory, profile_recipe
 from lora_ft.recipe import check_buildable, dump_recipe, load_recipe
-from lora_ft.recipe_rules import OWNED_ELSEWHERE
+from lora_ft.recipe_rules import EXTENT, OWNED_ELSEWHERE
+from lora_ft.settle import settle_recipe
+from lora_ft.training.distributed import Launch
 from lora_ft.yaml_lines import parse_scalar, read_yaml
 
 GOOD = """\
@@ -104,6 +107,38 @@ def test_all_faults_come_at_once(tmp_path):
     assert f"{path}:9  training.lr: 3\n  trl.SFTConfig (" in message
     assert f'{path}:10  exprot\n  A recipe has no section of that name. Did you mean "export"?' in message
     assert "command line  data.split.validation: 1.2\n  A share lies between 0 and 1. Write 0.1 for a tenth." in message
+
+
+@pytest.mark.parametrize(
+    ("written", "override", "expected"),
+    [
+        ("num_train_epochs: 3", "max_steps=5", {"max_steps": 5}),
+        ("max_steps: 5", "num_train_epochs=3", {"num_train_epochs": 3}),
+        ("num_train_epochs: 3", "max_steps=-1", {"num_train_epochs": 3, "max_steps": -1}),
+        ("num_train_epochs: 3", "seed=1", {"num_train_epochs": 3}),
+        ("max_steps: 5", "max_steps=7", {"max_steps": 7}),
+    ],
+)
+def test_how_long_a_run_is_has_one_way_of_saying_it(tmp_path, written, override, expected):
+    training = load_recipe(write(tmp_path, f"{GOOD}  {written}\n"), [f"training.{override}"]).training
+    assert {key: value for key, value in training.items() if key in EXTENT} == expected
+
+
+def test_two_ways_of_saying_how_long_a_run_is_are_one_too_many(tmp_path):
+    found = faults_of(tmp_path, f"{GOOD}  num_train_epochs: 3\n  max_steps: 5\n")
+    assert "training.num_train_epochs: 3\n  training.max_steps says how long the run is" in found
+    assert "this does nothing beside it" in faults_of(
+        tmp_path, GOOD, "training.num_train_epochs=3", "training.max_steps=5"
+    )
+
+
+def test_faults_of_metrics_data_and_machine_come_at_once(tmp_path):
+    overrides = ["evaluation.metrics=[rogue]", "data.sources.0.format=chart", "training.report_to=wandbb"]
+    recipe = load_recipe(write(tmp_path, GOOD), [*overrides, "model.dtype=float16"])
+    with pytest.raises(UserError) as caught:
+        settle_recipe(recipe, Machine("cpu", "a CPU", 2**34, False, "measured"), Launch("single"))
+    places = [fault.place for fault in caught.value.faults]
+    assert places == ["data.sources[0].format", "training.report_to", "evaluation.metrics", "model.dtype"]
 
 
 @pytest.mark.parametrize(
@@ -296,7 +331,7 @@ def test_a_step_of_very_many_rows_is_planned_at_once(tmp_path, overrides):
 def test_an_adapter_that_peft_cannot_even_plan(tmp_path):
     recipe = load_recipe(write(tmp_path, GOOD), ["lora.layer_replication=[[0, 99]]"])
     with pytest.raises(UserError, match=r"^lora\n  No such adapter can be put on this base: index"):
-        profile_recipe(recipe, WREN)
+        profile_recipe(recipe, WREN, Hardware("cpu", 2**34))
 
 
 def test_library_values_that_no_annotation_spells_out_are_let_through(tmp_path):

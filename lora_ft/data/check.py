@@ -6,20 +6,16 @@ import math
 from collections.abc import Iterator
 
 from lora_ft.data.formats import FORMATS
-from lora_ft.errors import Fault, raise_faults
+from lora_ft.errors import Fault
 from lora_ft.sections import DataSection, SourceSection
 
 
-def check_section(section: DataSection) -> None:
-    """Nothing for a section that can be carried out.
-
-    Raises:
-        UserError: with all faults.
-    """
-    faults = [*_check_numbers(section), *_check_task(section)]
+def check_section(section: DataSection) -> Iterator[Fault]:
+    """All that keeps the section from being carried out."""
+    yield from _check_numbers(section)
+    yield from _check_task(section)
     for number, source in enumerate(section.sources):
-        faults += _check_source(source, f"data.sources[{number}]", section.task)
-    raise_faults(faults)
+        yield from _check_source(source, f"data.sources[{number}]", section.task)
 
 
 def _check_numbers(section: DataSection) -> Iterator[Fault]:

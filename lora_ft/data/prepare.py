@@ -27,7 +27,7 @@ from lora_ft.data.splits import EXAMPLES, INDEX, REPORT, Splits, load_splits
 from lora_ft.data.store import ExampleFile, StoredExamples
 from lora_ft.data.tasks import build_task
 from lora_ft.data.tokens import Documents, copy_documents, pack_documents, seldom_collected, write_documents
-from lora_ft.errors import UserError
+from lora_ft.errors import UserError, raise_faults
 from lora_ft.fingerprint import hash_json
 from lora_ft.recipe import build_options
 from lora_ft.sections import DataSection
@@ -50,7 +50,7 @@ def build_splits(section: DataSection, tokenizer: PreTrainedTokenizerBase, base_
         UserError: sources that are missing, rows that fit no format, nothing left to train on …; under `strict`
             everything that the audit warns of.
     """
-    check_section(section)
+    raise_faults(check_section(section))
     sources = [find_source(source, base_folder) for source in section.sources]
     splits = build_from(sources, section, tokenizer)
     if section.strict:
@@ -81,7 +81,7 @@ def prepare_dataset(
     """
     source = {"path": "rows", "format": format, "split": "train"}
     section = build_options(DataSection, {**options, "sources": [source]}, "prepare_dataset")
-    check_section(section)
+    raise_faults(check_section(section))
     lasting = list(rows) if isinstance(rows, Iterator) else rows  # they are gone through twice: hashed, and read
     return build_from([Source(section.sources[0], rows=lasting)], section, tokenizer).train
 
@@ -110,6 +110,9 @@ def prepare_folder(
     if section.balance and not labels and ingest.class_numbers:
         rule = "No row has a label, so that there is nothing to balance."
         raise UserError("data.balance", "true", rule, "Leave it out, or give rows with text and label.")
+    if section.task == "classification" and len(labels) == 1:
+        rule = "All rows have this label, so that there is nothing to tell apart."
+        raise UserError("data.sources", labels[0], rule, "Give rows of at least two labels.")
     index = ingest.build_index(order)
     weights = np.array([source.section.weight for source in sources])
     dealt = deal_rows(index, weights, section.split, section.balance)

@@ -24,7 +24,7 @@ from lora_ft.data.ingest import read_source
 from lora_ft.data.render import IGNORE_INDEX, Document, Renderer
 from lora_ft.data.sources import Usage, find_source
 from lora_ft.data.tasks import build_task
-from lora_ft.errors import Fault, UserError
+from lora_ft.errors import Fault, UserError, raise_faults
 from lora_ft.sections import DataSection
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def preview_rows(
     Raises:
         UserError: a row among them is bad.
     """
-    check_section(section)
+    raise_faults(check_section(section))
     renderer = Renderer(tokenizer, section)
     sources = [find_source(source, base_folder) for source in section.sources]
     found = (item for source in sources for item in read_source(source, section, renderer.is_chat, Counter(), Usage()))

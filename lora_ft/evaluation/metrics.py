@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lora_ft.errors import Fault, UserError, raise_faults
+from lora_ft.errors import Fault, UserError
 from lora_ft.evaluation.bootstrap import Finish, ratio
 from lora_ft.fingerprint import hash_json
 
@@ -170,12 +170,13 @@ PACKAGES = {"rouge1": "rouge_score", "rouge2": "rouge_score", "rougeL": "rouge_s
 OWN_METRIC = "Write FILE.py:FUNCTION, where FUNCTION(answer, reference) returns a number, whatever a model may answer."
 
 
-def check_metrics(names: Iterable[str]) -> None:
-    """Nothing, or a UserError: a wrong name or a function that cannot score must not be found after training."""
-    raise_faults(fault for name in names for fault in _find_faults(name))
+def check_metrics(names: Iterable[str]) -> Iterator[Fault]:
+    """A wrong name or a function that cannot score; neither must be found after training."""
+    for name in names:
+        yield from _check_metric(name)
 
 
-def _find_faults(name: str) -> Iterator[Fault]:
+def _check_metric(name: str) -> Iterator[Fault]:
     place = "evaluation.metrics"
     if ":" in name:
         try:

@@ -84,7 +84,7 @@ def choose_settings(recipe: Recipe, machine: Machine) -> Recipe:
     Raises:
         UserError: the recipe asks for something this machine cannot do, such as fp16 on a CPU.
     """
-    raise_faults(_impossible(recipe, machine))
+    raise_faults(check_machine(recipe, machine))
     choices = list(recipe.choices)
     model, training = recipe.model, dict(recipe.training)
     quantization = dict(recipe.quantization) if recipe.quantization else None
@@ -289,7 +289,7 @@ def memory_traits(kind: str, mapped_bytes: int | None = None) -> MemoryTraits:
     return MemoryTraits(0, 600 * 2**20, 0.02, 3, 1.0, 0.95)
 
 
-def _impossible(recipe: Recipe, machine: Machine) -> Iterator[Fault]:
+def check_machine(recipe: Recipe, machine: Machine) -> Iterator[Fault]:
     """What this machine cannot do, though the recipe asks for it."""
     yield from _overflowing(recipe)
     if machine.device == "cpu":

@@ -126,3 +126,15 @@ def check_tokens(recipe: Recipe, base_folder: Path, tokenizer: PreTrainedTokeniz
         rule = f"Rows and their padding have {token}, and the base knows {rows} tokens."
         fix = "Take the tokenizer the base was trained with, or give the base more: model.resize_token_embeddings."
         raise UserError("model.base", recipe.model.base, rule, fix)
+
+
+def describe_reach(recipe: Recipe, base_folder: Path, longest: int) -> str | None:
+    """What to know about rows that are longer than those a base with computed positions was trained on, if some are."""
+    config = read_config(base_folder, recipe.model, recipe.data.task).get_text_config()
+    reach = getattr(config, "max_position_embeddings", None)  # T5 has none: it counts how far apart tokens are
+    if reach is None or longest <= reach:
+        return None
+    return (
+        f"data.max_length: the longest row has {longest:,} tokens, and {recipe.model.base} was made for {reach:,}; "
+        "what stands behind them it has never seen at such a place"
+    )

@@ -12,6 +12,7 @@ from typing import Any
 from lora_ft.errors import Fault, raise_faults
 from lora_ft.fingerprint import hash_tensors
 from lora_ft.model.adapter import TENSORS_NAME
+from lora_ft.recipe_rules import EXTENT
 from lora_ft.sections import Recipe
 
 HARMLESS = {
@@ -39,9 +40,6 @@ HARMLESS = {
     "trackio_space_id",
 }
 """Training settings that change nothing about the adapter."""
-
-EXTENT = ("num_train_epochs", "max_steps")
-"""Training settings that say how long a run is; it may become longer."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from lora_ft.errors import UserError
+from lora_ft.errors import UserError, raise_faults
 from lora_ft.evaluation.bootstrap import estimate_pair, ratio
 from lora_ft.evaluation.compare import Prediction, score_answers, sum_up
 from lora_ft.evaluation.metrics import METRICS, PACKAGES, check_metrics, choose_tokenizer, find_metric
@@ -58,7 +58,7 @@ def test_own_function(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("def length(answer, reference):\n    return len(answer) - len(reference)\n")
     address = f"{path}:length"
-    check_metrics([address])
+    assert not list(check_metrics([address]))
     figures, notes = score_answers([Prediction("?", "abc", "a", "abcde")], [address])
     figure = figures["mine.py:length"]
     assert notes == []
@@ -93,7 +93,7 @@ def test_wrong_metrics_are_refused(tmp_path, name, message):
     )
     (tmp_path / "leaves.py").write_text("import sys\ndef score(a, r):\n    return 1.0\nsys.exit('bye')\n")
     with pytest.raises(UserError, match=message):
-        check_metrics([name.format(folder=tmp_path)])
+        raise_faults(check_metrics([name.format(folder=tmp_path)]))
 
 
 def test_a_function_that_fails_on_a_real_answer_is_left_out(tmp_path):
@@ -106,7 +106,7 @@ def test_a_function_that_fails_on_a_real_answer_is_left_out(tmp_path):
         "def huge(a, r):\n    return 1e308 if 'rown' in a or a == 'odd' else 1.0\n"
     )
     names = [f"{tmp_path}/mine.py:{name}" for name in ("fails", "leaves", "unknown", "gone", "huge")]
-    check_metrics([*names[:3], names[4]])
+    assert not list(check_metrics([*names[:3], names[4]]))
     predictions = (Prediction("?", "r", "brown", "brown"), Prediction("?", "r", "brown", "odd"))
     scores = np.ones((2, 3))
     compared = sum_up(predictions, (scores, scores), EvaluationSection(metrics=("exact_match", *names)))
@@ -199,8 +199,8 @@ def test_bleu_counts_characters_where_no_spaces_stand_between_words(references, 
 def test_absent_package_is_refused_with_the_command_that_installs_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'lora-ft\[metrics\]'"):
-        check_metrics(["bleu"])
-    check_metrics(name for name in METRICS if name not in PACKAGES)
+        raise_faults(check_metrics(["bleu"]))
+    assert not list(check_metrics(name for name in METRICS if name not in PACKAGES))
 
 
 def test_intervals_hold_the_truth_in_nineteen_cases_of_twenty():

@@ -14,7 +14,7 @@ from lora_ft.model.machine import Machine, choose_settings
 from lora_ft.model.memory import Hardware, Workload, plan_step
 from lora_ft.model.planning import plan_memory
 from lora_ft.model.profile import profile_model
-from lora_ft.model.stored import check_export, settle_quantization
+from lora_ft.model.stored import check_export, describe_reach, settle_quantization
 from lora_ft.recipe import load_recipe
 from lora_ft.sections import ModelSection
 from tests.conftest import make_tokenizer
@@ -269,3 +269,17 @@ def test_tokens_that_the_base_has_no_row_for(recipe_file, tiny_base, tmp_path, l
         assert 'have token 321 ("extra1"), and the base knows 320 tokens' in done.stderr
     else:
         assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("model_type", "longest", "is_told"),
+    [("gemma2", 64, False), ("gemma2", 65, True), ("t5", 9999, False)],
+)
+def test_rows_longer_than_the_base_was_made_for_are_told(recipe_file, tmp_path, model_type, longest, is_told):
+    settings = {**GEMMA2[1], "max_position_embeddings": 64} if model_type == "gemma2" else {}
+    base = save_config(tmp_path / "base", model_type, settings)
+    task = "sft" if model_type == "gemma2" else "seq2seq"
+    recipe = load_recipe(recipe_file(model={"base": str(base)}, data={"task": task}))
+    said = describe_reach(recipe, base, longest)
+    assert (said is not None) == is_told
+    assert not is_told or f"has 65 tokens, and {base} was made for 64;" in said
