@@ -37,7 +37,8 @@ def build_ways(device: str, dtype: Any) -> dict[str, Callable[[], tuple[Any, ...
     import torch
     from torch import nn
 
-    from lora_ft.training.attention import DocumentMask, Run, attend_documents
+    from lora_ft.training.attention import attend_documents
+    from lora_ft.training.documents import DocumentMask, Run
 
     torch.manual_seed(0)
     tokens = DOCUMENTS * LENGTH

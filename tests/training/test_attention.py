@@ -8,8 +8,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lora_ft.model import machine
-from lora_ft.training import attention
-from lora_ft.training.attention import DOCUMENTS, DocumentMask, Run, document_attention, keeps_documents_apart
+from lora_ft.training import attention, documents
+from lora_ft.training.attention import DOCUMENTS, document_attention, keeps_documents_apart
+from lora_ft.training.documents import DocumentMask, Run
 
 SHAPE = {
     "hidden_size": 64,
@@ -107,8 +108,8 @@ def test_matrix_products_in_bfloat16(kind, lengths):
 def test_matrix_products_are_exact_in_float32(kind, monkeypatch):
     monkeypatch.setattr(attention, "prefers_matmul_attention", lambda device, dtype: True)
     monkeypatch.setattr(machine, "ROUND_TO", 4)
-    monkeypatch.setattr(attention, "SMALLEST_BLOCK", 4)
-    monkeypatch.setattr(attention, "CALL_PAIRS", 16)
+    monkeypatch.setattr(documents, "SMALLEST_BLOCK", 4)
+    monkeypatch.setattr(documents, "CALL_PAIRS", 16)
     test_equal_to_the_dense_mask(kind, "several rows")
 
 
@@ -157,7 +158,7 @@ def test_a_document_neither_sees_nor_is_seen(dtype):
 
 def test_no_dense_mask_is_made(monkeypatch):
     model, seen = build_model(), []
-    monkeypatch.setattr(attention, "sdpa_mask", lambda **options: pytest.fail("a dense mask"))
+    monkeypatch.setattr(documents, "sdpa_mask", lambda **options: pytest.fail("a dense mask"))
     attend = attention.attend_documents
 
     def watch(module, query, key, value, mask, *args, **kwargs):
@@ -199,7 +200,7 @@ def test_dropout_drops(dtype):
     """Two passes differ, and their mean over many comes near the attention without dropout."""
     torch.manual_seed(0)
     query, key, value = (torch.randn(1, 4, 6, 8, dtype=dtype) for _ in range(3))
-    mask = DocumentMask((attention.Run(1, 4), attention.Run(1, 2)), torch.device("cpu"))
+    mask = DocumentMask((Run(1, 4), Run(1, 2)), torch.device("cpu"))
     module = torch.nn.Module()
     exact = attention.attend_documents(module, query, key, value, mask)[0].float()
     passes = [attention.attend_documents(module, query, key, value, mask, dropout=0.5)[0].float() for _ in range(400)]
@@ -209,7 +210,7 @@ def test_dropout_drops(dtype):
 
 def test_what_it_cannot_do_is_refused():
     states = torch.randn(1, 2, 4, 8)
-    mask = DocumentMask((attention.Run(2, 2),), torch.device("cpu"))
+    mask = DocumentMask((Run(2, 2),), torch.device("cpu"))
     with pytest.raises(ValueError, match="softcap"):
         attention.attend_documents(torch.nn.Module(), states, states, states, mask, softcap=30.0)
 
@@ -238,7 +239,7 @@ def test_a_window_repeats_keys_where_grouped_ones_have_no_fused_kernel(monkeypat
     query, key = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8)
     window = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril().triu(-2)
     for mask, expected in ((window, (4, False)), (None, (2, True))):
-        run = DocumentMask((attention.Run(1, 6, mask),), torch.device("cpu"))
+        run = DocumentMask((Run(1, 6, mask),), torch.device("cpu"))
         attention.attend_documents(torch.nn.Module(), query, key, key, run)
         assert seen.pop() == expected
 
