@@ -33,7 +33,7 @@ def print_audit(report: AuditReport, console: Console | None = None) -> None:
 
 
 def _describe_way(data: DataReport) -> Text:
-    parts = [f"{data.num_read:,} rows read", f"{data.num_kept:,} kept"]
+    parts = [f"{data.num_read:,} rows read", f"{data.num_kept:,} dealt to splits"]
     left_out = {
         "bad": data.num_skipped,
         "left out by weight": data.num_left_out_weight,

@@ -164,7 +164,10 @@ def read_manifest(path: Path, damaged_ok: bool = False) -> dict[str, Any] | None
         if damaged_ok:
             return {}
         raise UserError(
-            str(path / MANIFEST), None, f"This is not JSON: {fault}.", "Give --fresh to start over."
+            str(path / MANIFEST),
+            None,
+            f"This is not JSON: {fault}.",
+            "Bring the file back, or train again with --fresh.",
         ) from None
     return manifest if isinstance(manifest, dict) and {"state", "fingerprint", "identity"} <= set(manifest) else None
 

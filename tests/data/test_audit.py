@@ -45,7 +45,7 @@ def test_clean_data_has_no_warning(write_rows):
     lengths = report.lengths["train"]
     assert sum(lengths.histogram) == 90 and lengths.shortest <= lengths.median <= lengths.longest
     assert 0 <= lengths.padded_share < 0.5 and 0.7 < lengths.packed_share <= 1
-    assert "90 rows read · 90 kept" in printed(report) and "No warnings" in printed(report)
+    assert "90 rows read · 90 dealt to splits" in printed(report) and "No warnings" in printed(report)
 
 
 def test_the_report_is_json(write_rows):
