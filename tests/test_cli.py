@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from lora_ft.chat import _read_lines
-from lora_ft.cli import FIRST_RANK_SECONDS, LAST_WORD_SECONDS, _read_weight, main, parse_arguments
+from lora_ft.cli import FIRST_RANK_SECONDS, LAST_WORD_SECONDS, main, parse_arguments
+from lora_ft.commands import _read_weight
 from lora_ft.errors import Interrupted, UserError
 
 

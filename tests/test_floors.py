@@ -31,8 +31,9 @@ FLOORS = {
     "watch": 7,
     "sweep": 7,
     "chat": 7,
-    "cli": 8,
-    "__main__": 9,
+    "commands": 8,
+    "cli": 9,
+    "__main__": 10,
 }
 ROOMS = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 
