@@ -24,7 +24,7 @@ from lora_ft.sections import Choice, Recipe, Task
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of mallopt, in glibc's malloc.h."""
-LARGE_BYTES, SCARCE_BYTES = 2**24, 2**20
+LARGE_BYTES, SCARCE_BYTES = 2**23, 2**20
 """From which size on pieces of memory are mapped in float32: usually, and where memory is scarce."""
 NUM_LOGITS, FEWEST_LOGITS_ROWS = 12 * 2**20, 128
 """Logits held at once, and the fewest tokens they are of, whatever the vocabulary: with less of either, the head's
@@ -219,8 +219,8 @@ def prefers_matmul_attention(device_type: str, dtype: Any) -> bool:
     return device_type == "cpu" and str(dtype) == "torch.bfloat16"
 
 
-def prefers_fused_lora(device_type: str) -> bool:
-    """Whether a LoRA layer as one step of autograd is faster than PEFT's: on a CPU, where it was measured."""
+def prefers_fused_layers(device_type: str) -> bool:
+    """Whether norms, gated MLPs and LoRA layers as one step of autograd are better: on a CPU, where it was measured."""
     return device_type == "cpu"
 
 
@@ -229,9 +229,9 @@ def choose_mapped_bytes(device_type: str, dtype: Any, checkpointing: bool) -> in
 
     glibc's heap keeps gaps, and takes in pieces of up to 32 MiB once one of them was freed. For float32 on a CPU, at
     the settings of scripts/benchmarks/plan.py: from 16 MiB on, 0.63B in 4 bit took 1.8 GB where it took 2.6, in the
-    same time, and 58M up to a seventh less, in up to a quarter more. With checkpointing, which shows that memory is
-    scarce, all from 1 MiB on are mapped: less than half of the memory, in up to two fifths more time. In bfloat16 it
-    was not measured.
+    same time; from 8 MiB on, 58M took up to a seventh less than from 16, in the same time. With checkpointing, which
+    shows that memory is scarce, all from 1 MiB on are mapped: less than half of the memory, in up to two fifths more
+    time. In bfloat16 it was no less memory without checkpointing.
     """
     if device_type != "cpu" or str(dtype) != "torch.float32":
         return None
@@ -239,13 +239,15 @@ def choose_mapped_bytes(device_type: str, dtype: Any, checkpointing: bool) -> in
 
 
 def can_keep_unpacked(num_bytes: int, checkpointing: bool, memory_bytes: int | None = None) -> bool:
-    """Whether 4-bit weights may also lie unpacked in memory, for a tenth of a step: if they take a twentieth of it, and
-    no gradient `checkpointing` shows that memory is scarce.
+    """Whether 4-bit weights may also lie unpacked in memory: if they take a fortieth of it at most, and no gradient
+    `checkpointing` shows that memory is scarce.
+
+    A step of few tokens gains most: of 0.63B, one of a row 7 to 11% in 0.7 GB more, one of four rows nothing.
 
     `memory_bytes` is this process's share; where it is left out, that of all that were launched on this machine.
     """
     share = _main_memory_bytes() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return not checkpointing and num_bytes <= (share if memory_bytes is None else memory_bytes) // 20
+    return not checkpointing and num_bytes <= (share if memory_bytes is None else memory_bytes) // 40
 
 
 def place_untrained() -> Any:
@@ -271,6 +273,8 @@ class MemoryTraits:
     """Gaps the allocator leaves, as a share of what autograd keeps."""
     wide_tensors: float
     """Tensors of the width of a layer that are alive at once in its backward pass, beside what autograd keeps."""
+    logits_copies: float
+    """How often a chunk of logits is held, or what the head's products take beside it."""
     embedding_share: float
     """Share of the embeddings' table that is there: on a CPU it is mapped from its file, and rows come as tokens do."""
     usable_share: float
@@ -284,9 +288,9 @@ def memory_traits(kind: str, mapped_bytes: int | None = None) -> MemoryTraits:
     are counted from the code, as in Llama's MLP (gradients of gate, up and their product), and not yet measured.
     """
     if kind == "cpu":
-        slack_share, wide_tensors = {None: (0.16, 13), LARGE_BYTES: (0.12, 9), SCARCE_BYTES: (0.0, 0.5)}[mapped_bytes]
-        return MemoryTraits(512_000_000, 56_000_000, slack_share, wide_tensors, 0.1, 0.9)
-    return MemoryTraits(0, 600 * 2**20, 0.02, 3, 1.0, 0.95)
+        fitted = {None: (0.02, 13, 1.5), LARGE_BYTES: (0.18, 2, 2.5), SCARCE_BYTES: (0.0, 0, 1)}
+        return MemoryTraits(512_000_000, 56_000_000, *fitted[mapped_bytes], 0.1, 0.9)
+    return MemoryTraits(0, 600 * 2**20, 0.02, 3, 1, 1.0, 0.95)
 
 
 def check_machine(recipe: Recipe, machine: Machine) -> Iterator[Fault]:

@@ -197,7 +197,7 @@ def _passing(profile: ModelProfile, work: Workload, hardware: Hardware, traits: 
     if profile.scores_all:
         logits, scored = 3 * FLOAT_BYTES * tokens * profile.vocab_size, "logits of all positions, thrice"
     else:
-        logits = count_logits_bytes(hardware.kind, tokens, profile.vocab_size, number)
+        logits = int(traits.logits_copies * count_logits_bytes(hardware.kind, tokens, profile.vocab_size, number))
         scored = "a chunk of logits"
     yield Cause("loss", logits + states, f"{scored}, states and their gradients")
     if _bits_per_weight(work.quantization, number) < 8:

@@ -16,6 +16,7 @@ from lora_ft.errors import UserError
 from lora_ft.model.adapter import CONFIG_NAME, read_lora
 from lora_ft.model.adapter_faults import rewrites_base
 from lora_ft.model.load import read_config, unreadable
+from lora_ft.model.machine import prefers_fused_layers
 from lora_ft.model.memory import OFFLOADABLE, STAGES, Hardware, MemoryPlan, Workload, plan_step
 from lora_ft.model.profile import ModelProfile, profile_model
 from lora_ft.model.stored import read_stored, settle_attention, settle_quantization
@@ -88,7 +89,7 @@ def plan_memory(recipe: Recipe, base_folder: Path, hardware: Hardware, longest: 
         UserError: the base is of no architecture that can learn the task, or has not what the recipe asks of it.
     """
     recipe = settle_quantization(recipe, base_folder)
-    profile = profile_recipe(recipe, base_folder)
+    profile = profile_recipe(recipe, base_folder, hardware)
     if longest is not None and profile.positions is not None and longest > profile.positions:
         rule = f"The longest row has {longest} tokens, and the base learned {profile.positions} positions."
         raise UserError("data.max_length", recipe.data.max_length, rule, f"Write {profile.positions}, or less.")
@@ -131,8 +132,8 @@ def parse_memory(text: str) -> int:
     return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix.lower()))
 
 
-def profile_recipe(recipe: Recipe, base_folder: Path) -> ModelProfile:
-    """The profile of the recipe's base with its adapter.
+def profile_recipe(recipe: Recipe, base_folder: Path, hardware: Hardware) -> ModelProfile:
+    """The profile of the recipe's base with its adapter, with the layers it has on some hardware.
 
     Raises:
         UserError: transformers has no model of this architecture for the task, or PEFT no such adapter for it.
@@ -148,9 +149,12 @@ def profile_recipe(recipe: Recipe, base_folder: Path) -> ModelProfile:
             raise UserError("model.adapter", str(folder), "No adapter lies there.", fix)
         lora = {key: value for key, value in read_lora(folder).to_dict().items() if key in LORA_SHAPE}
     dtype = model.dtype if model.dtype != AUTO else "bfloat16"
-    skipped = tuple((read_stored(base_folder) or recipe.quantization or {}).get("llm_int8_skip_modules") or ())
+    quantization = read_stored(base_folder) or recipe.quantization or {}
+    is_plain = not quantization or quantization.get("load_in_4bit", False)  # other layers keep PEFT's forward
+    is_fused = is_plain and prefers_fused_layers(hardware.kind) and STAGES[hardware.sharding] < 3
+    skipped = tuple(quantization.get("llm_int8_skip_modules") or ())
     try:
-        return profile_model(config, dtype, lora, skipped, task, model.trust_remote_code)
+        return profile_model(config, dtype, lora, skipped, task, model.trust_remote_code, is_fused)
     except (OSError, ValueError, ImportError) as fault:
         raise unreadable(model, task, fault) from fault
     except (RuntimeError, AttributeError, LookupError, ArithmeticError) as fault:

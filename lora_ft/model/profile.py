@@ -84,8 +84,11 @@ def profile_model(
     skip_modules: tuple[str, ...] = (),
     task: Task = "sft",
     trust_remote_code: bool = False,
+    is_fused: bool = False,
 ) -> ModelProfile:
     """The profile of a model of this config for a task with an adapter, computing in `dtype`.
+
+    `is_fused` is whether its layers go the short way of `model.fused_layers`, as where `prefers_fused_layers` says so.
 
     An encoder-decoder is given as many tokens on either side, which is the most that both can have.
 
@@ -96,7 +99,7 @@ def profile_model(
     """
     import torch
 
-    count = partial(_count, config, getattr(torch, dtype), lora, skip_modules, task, trust_remote_code)
+    count = partial(_count, config, getattr(torch, dtype), lora, skip_modules, task, trust_remote_code, is_fused)
     try:
         return count("profile")
     except (KeyError, AttributeError, RuntimeError):
@@ -110,9 +113,12 @@ def _count(
     skip_modules: tuple[str, ...],
     task: Task,
     trust_remote_code: bool,
+    is_fused: bool,
     attention: str,
 ) -> ModelProfile:
     import torch
+
+    from lora_ft.model.fused_layers import fused_layers
 
     with torch.device("meta"):
         model = _build_on_meta(config, dtype, task, trust_remote_code, attention)
@@ -124,7 +130,8 @@ def _count(
         layers = _find_layers(model)
         layer_parameters = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
         tuned = _attach_on_meta(model, lora, task)
-        few, many = (_count_kept(tuned, layers, count) for count in PROBES)
+        with fused_layers(tuned) if is_fused else nullcontext():
+            few, many = (_count_kept(tuned, layers, count) for count in PROBES)
     slope = {key: (many[key] - few[key]) // (PROBES[1] - PROBES[0]) for key in many}
     text = config.get_text_config()
     return ModelProfile(

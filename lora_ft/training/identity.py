@@ -102,11 +102,19 @@ def find_differences(path: Path, old: Identity, new: Identity) -> Iterator[Fault
         elif before != after:
             shown = None if section in {"base", "data", "adapter"} else after
             yield Fault(section, shown, f"The run in {path} was made with another {section}.", _two_ways())
-    for key in sorted({*old.extent, *new.extent}):
-        before, after = old.extent.get(key), new.extent.get(key)
-        if before != after and not (before and after and 0 < before < after):
-            rule = f"The run in {path} has {before}, and can only become longer."
-            yield Fault(f"training.{key}", after, rule, _two_ways())
+    (said, before), (key, after) = _read_extent(old.extent), _read_extent(new.extent)
+    if said != key:
+        rule = f"The run in {path} ends by training.{said}."
+        yield Fault(f"training.{key}", after, rule, _two_ways(f"training.{said}={before}"))
+    elif not before <= after:
+        rule = f"The run in {path} has {before}, and can only become longer."
+        yield Fault(f"training.{key}", after, rule, _two_ways())
+
+
+def _read_extent(extent: dict[str, Any]) -> tuple[str, float]:
+    """What says how long a run is, and how long; transformers trains three epochs where nothing does."""
+    steps, epochs = extent.get("max_steps"), extent.get("num_train_epochs", 3.0)
+    return ("num_train_epochs", epochs) if steps in (None, -1) else ("max_steps", steps)
 
 
 def _two_ways(setting: str | None = None) -> str:

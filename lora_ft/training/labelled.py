@@ -21,7 +21,6 @@ from lora_ft.recipe import check_buildable
 from lora_ft.recipe_rules import library_part
 from lora_ft.training.assemble import assemble_trainer, use_one_gpu
 from lora_ft.training.lasting import LastingTrainer
-from lora_ft.training.lora_linear import fused_lora
 from lora_ft.training.optimizer import create_loraplus
 
 
@@ -39,13 +38,6 @@ class LabelledTrainer(LastingTrainer):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # so that the labels of a whole step are counted for `compute_loss`
         self._loraplus_ratio = loraplus_ratio
-
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trains; LoRA layers take the short way meanwhile, where no sharding needs their own call."""
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return super().train(*args, **kwargs)
-        with fused_lora(self.model, self.args.gradient_checkpointing):
-            return super().train(*args, **kwargs)
 
     def forward_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """What the model is given of a batch: no labels, as it would make a loss of its own."""

@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from transformers import Trainer
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from lora_ft.errors import Interrupted, RunFailed, UserError
+from lora_ft.model.fused_layers import fused_layers
+from lora_ft.model.machine import prefers_fused_layers
 from lora_ft.sections import GuardsSection
 from lora_ft.training.checkpoint import (
     PREFIX,
@@ -69,12 +73,19 @@ class LastingTrainer(Trainer):
             RunFailed: a loss, gradient or evaluation is not finite, or a checkpoint could not be written.
         """
         try:
-            with self._stop.listening(), self._watchdog.watching():
+            with self._stop.listening(), self._watchdog.watching(), self._fused_layers():
                 return super().train(*args, **kwargs)
         finally:
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, Progress):
                     callback.close()
+
+    def _fused_layers(self) -> AbstractContextManager[Any]:
+        """Within it the model's layers go the short way, where that pays and no sharding needs their own call."""
+        is_sharded = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()
+        if is_sharded or not prefers_fused_layers(self.args.device.type):
+            return nullcontext()
+        return fused_layers(self.model, self.args.gradient_checkpointing)
 
     # --- a step -----------------------------------------------------------------------------------------------------
 

@@ -6,12 +6,11 @@ Shapes: B rows, S positions.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils.generic import is_flash_attention_requested
 from trl import SFTConfig, SFTTrainer
 
@@ -23,7 +22,6 @@ from lora_ft.recipe_rules import library_part
 from lora_ft.training.assemble import assemble_trainer, use_one_gpu
 from lora_ft.training.attention import document_attention, keeps_documents_apart
 from lora_ft.training.lasting import LastingTrainer
-from lora_ft.training.lora_linear import fused_lora
 from lora_ft.training.loss import TokenScores, add_scoring, find_balancing
 from lora_ft.training.meter import sum_rows
 from lora_ft.training.optimizer import create_loraplus
@@ -64,10 +62,8 @@ class LoraTrainer(LastingTrainer, SFTTrainer):
         self._join_rows(model.get_base_model())
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trains; the model attends by document and takes the short way through LoRA layers only meanwhile."""
-        sharded = self.is_fsdp_enabled or is_deepspeed_zero3_enabled()  # then only a layer's own call gathers weights
-        short_way = nullcontext() if sharded else fused_lora(self.model, self.args.gradient_checkpointing)
-        with document_attention(self.model.get_base_model()), short_way:
+        """Trains; the model attends by document only meanwhile."""
+        with document_attention(self.model.get_base_model()):
             return super().train(*args, **kwargs)
 
     def compute_loss(

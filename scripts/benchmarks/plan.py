@@ -71,7 +71,7 @@ def work(number: str, folder: str) -> dict[str, float]:
     import torch
     from transformers import AutoConfig
 
-    from lora_ft.model.machine import probe_machine
+    from lora_ft.model.machine import prefers_fused_layers, probe_machine
     from lora_ft.model.memory import Hardware, Workload, plan_step
     from lora_ft.model.profile import profile_model
 
@@ -80,7 +80,8 @@ def work(number: str, folder: str) -> dict[str, float]:
     task, name = TASKS[setting.task], str(dtype).removeprefix("torch.")
     config = AutoConfig.for_model(task.model_type, **task.shape, max_position_embeddings=4096)
     work = Workload(setting.batch_size, setting.length, NF4 if setting.bits == 4 else None, setting.checkpointing)
-    plan = plan_step(profile_model(config, name, LORA), work, Hardware(kind, machine.memory_bytes))
+    profile = profile_model(config, name, LORA, is_fused=prefers_fused_layers(kind))
+    plan = plan_step(profile, work, Hardware(kind, machine.memory_bytes))
     libraries = sum(cause.num_bytes for cause in plan.causes if cause.name == "libraries")
     train = prepare(setting, config, dtype, Path(folder) / setting.task)
     forget_peak()

@@ -42,7 +42,7 @@ SETTINGS = [(dtype, setting) for dtype, series in SERIES.items() for setting in 
 @pytest.fixture(scope="module")
 def profiles():
     return {
-        (name, dtype): profile_model(AutoConfig.for_model(**shape), dtype, LORA)
+        (name, dtype): profile_model(AutoConfig.for_model(**shape), dtype, LORA, is_fused=True)
         for name, shape in MEASURED["shapes"].items()
         for dtype in SERIES
     }

@@ -10,6 +10,7 @@ from lora_ft.errors import UserError
 from lora_ft.model.adapter import attach_adapter
 from lora_ft.model.load import find_base, load_base, load_tokenizer
 from lora_ft.sections import ModelSection
+from lora_ft.training import lasting
 from lora_ft.training.trainer import build_arguments, build_trainer, train_model
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
@@ -112,6 +113,21 @@ def test_loss_does_not_depend_on_how_the_batch_is_split(section, tokenizer, tmp_
     assert len(losses[0]) == 3
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
     assert losses[2] == pytest.approx(losses[0], abs=1e-5)
+
+
+@pytest.mark.parametrize("way", ["short", "no measured gain", "zero3"])
+def test_layers_go_the_short_way_while_training_where_it_pays(section, tokenizer, tmp_path, monkeypatch, way):
+    """Not under ZeRO-3: only a layer's own call gathers weights there."""
+    if way != "short":
+        name = {"zero3": "is_deepspeed_zero3_enabled", "no measured gain": "prefers_fused_layers"}[way]
+        monkeypatch.setattr(lasting, name, lambda *_: way == "zero3")
+    trainer, seen = make_trainer(section, tokenizer, tmp_path, max_steps=1), []
+    swapped = lambda: sum("forward" in module.__dict__ for module in trainer.model.modules())  # noqa: E731
+    monkeypatch.setattr(trainer, "_measure", lambda *_: seen.append(swapped()))
+    before = swapped()
+    trainer.train()
+    assert seen == [before + (14 + 5 + 2 if way == "short" else 0)]
+    assert swapped() == before
 
 
 def test_loraplus_trains_b_faster(section, tokenizer, tmp_path):

@@ -1,16 +1,18 @@
 """The short way through a LoRA layer against PEFT's own."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lora_ft.model import lora_linear
 from lora_ft.model.adapter import attach_adapter
 from lora_ft.model.load import find_base, load_base
+from lora_ft.model.lora_linear import fused_lora
 from lora_ft.sections import ModelSection
-from lora_ft.training import lora_linear
-from lora_ft.training.lora_linear import fused_lora
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False}
@@ -70,8 +72,8 @@ def join(gradients):
 
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_weights_stay_packed_where_memory_is_scarce(tiny_base, monkeypatch, checkpointing):
-    unpacked, unpack = [], lora_linear._FusedForward._unpack
-    monkeypatch.setattr(lora_linear._FusedForward, "_unpack", lambda self: unpacked.append(self) or unpack(self))
+    unpacked, unpack = [], lora_linear.LoraForward._unpack
+    monkeypatch.setattr(lora_linear.LoraForward, "_unpack", lambda self: unpacked.append(self) or unpack(self))
     model = load(tiny_base, "float32", NF4)
     with fused_lora(model, checkpointing):
         assert len(unpacked) == (0 if checkpointing else 14)
@@ -87,6 +89,44 @@ def test_unpacked_weights_are_counted_in_the_type_they_are_unpacked_to(tiny_base
     with fused_lora(model):
         layers = [layer.get_base_layer() for layer in model.modules() if isinstance(layer, LoraLayer)]
     assert counted == [size * sum(layer.in_features * layer.out_features for layer in layers)]
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (5,), (2, 0), (2, 3)], ids=str)
+def test_any_number_of_tokens_in_any_shape(tiny_base, shape):
+    layer = load(tiny_base).get_base_model().model.layers[0].mlp.down_proj
+    x = torch.randn(*shape, layer.in_features, requires_grad=True)
+    expected = layer(x)
+    theirs = torch.autograd.grad(expected.sum(), x)[0]
+    with fused_lora(layer) as count:
+        ours = layer(x)
+        assert count == 1 and ours.shape == expected.shape
+        assert torch.allclose(torch.autograd.grad(ours.sum(), x)[0], theirs, atol=1e-5)
+    assert torch.allclose(ours, expected, atol=1e-5)
+
+
+def test_what_comes_out_may_be_changed_in_place(tiny_base):
+    """OLMo clamps its queries so."""
+    layer, gradients = load(tiny_base).get_base_model().model.layers[0].self_attn.q_proj, []
+    for context in (nullcontext(), fused_lora(layer)):
+        with context:
+            x = torch.ones(2, 3, layer.in_features, requires_grad=True)
+            layer(x).clamp_(min=0).sum().backward()
+            gradients.append(x.grad)
+    assert torch.allclose(*gradients, atol=1e-6) and gradients[0].any()
+
+
+def test_a_layer_that_cannot_be_unpacked_leaves_all_as_they_were(tiny_base, monkeypatch):
+    calls, model = [], load(tiny_base, "float32", NF4)
+
+    def fail(self):
+        calls.append(self)
+        if len(calls) == 5:
+            raise MemoryError
+
+    monkeypatch.setattr(lora_linear.LoraForward, "_unpack", fail)
+    with pytest.raises(MemoryError), fused_lora(model):
+        pass
+    assert not any("forward" in module.__dict__ for module in model.modules() if isinstance(module, LoraLayer))
 
 
 def test_dropout_is_the_same_for_the_same_seed(tiny_base):
@@ -130,8 +170,3 @@ def test_switched_off_and_merged_adapters_go_the_way_of_peft(tiny_base):
         model.unmerge_adapter()
     assert not torch.allclose(base, tuned, atol=1e-3)
     assert torch.allclose(merged, tuned, atol=1e-4)
-
-
-def test_a_gpu_or_unknown_device_keeps_the_forward_of_peft(tiny_base, monkeypatch):
-    monkeypatch.setattr(lora_linear, "prefers_fused_lora", lambda device: False)
-    assert compare(load(tiny_base), 1e-6) == 0
