@@ -39,11 +39,11 @@ ONTO = "onto the base's own weights, or onto what 4 bit made of them in training
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code: 0 done, 2 the user must change something, 1 failed, 130 interrupted."""
-    options = parse_arguments(arguments)
-    own_process()
     stdout = sys.stdout
-    options.emit = lambda value: print(json.dumps(value, indent=2, ensure_ascii=False, default=str), file=stdout)
     try:
+        options = parse_arguments(arguments)
+        own_process()
+        options.emit = lambda value: print(json.dumps(value, indent=2, ensure_ascii=False, default=str), file=stdout)
         code = _run_command(options)
         stdout.flush()
         return code
@@ -85,9 +85,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         if rest and ("overrides" not in options or any(word.startswith("-") for word in rest)):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
     except Misuse as fault:
-        if "--json" in words:
+        if any(word.partition("=")[0] == "--json" for word in words):
             said = Fault("command line", None, fault.message, f"See {fault.parser.prog} --help")
-            print(json.dumps({"ok": False, "faults": [vars(said)]}, indent=2, ensure_ascii=False))
+            print(json.dumps({"ok": False, "faults": [vars(said)]}, indent=2, ensure_ascii=False), flush=True)
         argparse.ArgumentParser.error(fault.parser, fault.message)
     if rest:
         options.overrides += rest
@@ -103,7 +103,10 @@ class Misuse(Exception):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's own, but for what it does about an error."""
+    """argparse's own, but for what it does about an error; options are written out."""
+
+    def __init__(self, **options: Any):
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         """Leaves it to who reads the command line.

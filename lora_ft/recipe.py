@@ -147,7 +147,7 @@ def _apply_overrides(document: Document, overrides: Iterable[str]) -> set[Key]:
 
 def _replace_extent(training: Any, overridden: list[str]) -> None:
     """How long a run is, if one way of saying so was overridden: the file's other way is taken out."""
-    if isinstance(training, dict) and len(overridden) == 1 and training[overridden[0]] not in (None, -1):
+    if isinstance(training, dict) and len(overridden) == 1 and training.get(overridden[0]) not in (None, -1):
         for key in EXTENT:
             if key not in overridden:
                 training.pop(key, None)

@@ -124,6 +124,11 @@ def test_how_long_a_run_is_has_one_way_of_saying_it(tmp_path, written, override,
     assert {key: value for key, value in training.items() if key in EXTENT} == expected
 
 
+def test_a_section_that_is_overridden_as_a_whole_forgets_how_long_a_run_was(tmp_path):
+    training = load_recipe(write(tmp_path, GOOD), ["training.max_steps=5", "training={num_train_epochs: 2}"]).training
+    assert training == {"num_train_epochs": 2}
+
+
 def test_two_ways_of_saying_how_long_a_run_is_are_one_too_many(tmp_path):
     found = faults_of(tmp_path, f"{GOOD}  num_train_epochs: 3\n  max_steps: 5\n")
     assert "training.num_train_epochs: 3\n  training.max_steps says how long the run is" in found

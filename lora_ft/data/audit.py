@@ -38,7 +38,7 @@ BATCH_ROWS = 8
 UNEVEN = 3.0
 """A label this many times as frequent as another is worth a note."""
 
-JOINTS = re.compile(r"(?<=[^\W\d_])[\s_-]+(?=[^\W\d_])")
+JOINTS = re.compile(r"(?<=[^\W_])[\s_-]+(?=[^\W_])")
 """What joins two words."""
 ODDITIES: dict[str, re.Pattern[str]] = {
     "mojibake": re.compile("Ã[\x80-\xbf]|â€|Â[\xa0-\xbf]"),
@@ -315,6 +315,4 @@ def check_labels(labels: Mapping[str, int]) -> list[Check]:
 def _spell(label: str) -> str:
     """What is left of a label that others may write in another way: `Not Spam`, `not_spam`; `1`, `01`."""
     plain = unicodedata.normalize("NFKC", label).casefold()
-    if plain.isdecimal():
-        return str(int(plain))
-    return JOINTS.sub("", plain)
+    return plain.lstrip("0") or "0" if plain.isdecimal() else JOINTS.sub(" ", plain)

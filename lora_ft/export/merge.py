@@ -18,6 +18,7 @@ from lora_ft.export.prepare_merge import Merge, prepare_merge
 from lora_ft.export.proof import prove_merge, refuse_unequal
 from lora_ft.export.stream import JOURNAL_NAME, write_merged
 from lora_ft.fingerprint import hash_file, publish_folder
+from lora_ft.training.run_folder import MANIFEST as RUN_MANIFEST
 
 
 def merge_adapter(
@@ -77,13 +78,17 @@ def refuse_place(out: Path, merge: Merge) -> None:
         UserError: something else lies there, which would be lost, or it would lie inside of what it is made of, or the
             disk is too full.
     """
-    sources = [merge.base.folder, *(part.adapter.folder for part in merge.parts)]
-    inside = next((folder for folder in sources if folder.resolve() in (out, *out.parents)), None)
-    if inside is not None:
-        raise UserError("--out", str(out), f"It would lie inside of {inside}.", "Name a folder beside it.")
+    for folder in [merge.base.folder, *(part.adapter.folder for part in merge.parts)]:
+        if folder.resolve() in (out, *out.parents):
+            raise UserError("--out", str(out), f"It would lie inside of {folder}.", "Name a folder beside it.")
+        if out in folder.resolve().parents:
+            raise UserError("--out", str(out), f"{folder} lies inside of it, and would be lost.", "Name a new folder.")
+    nearest = next(parent for parent in out.parents if parent.exists())
+    if not nearest.is_dir():
+        raise UserError("--out", str(out), f"{nearest} is a file.", "Name a folder.")
     if out.exists() and not _is_replaceable(out, merge):
         rule = "Something else than an earlier merge of this lies there, and would be replaced."
-        raise UserError("--out", str(out), rule, "Name a new folder, or remove that one.")
+        raise UserError("--out", str(out), rule, "Name a new folder.")
     out.parent.mkdir(parents=True, exist_ok=True)
     needed, free = sum(tensor.num_bytes for tensor in merge.plan.tensors), shutil.disk_usage(out.parent).free
     if needed > free:
@@ -92,12 +97,19 @@ def refuse_place(out: Path, merge: Merge) -> None:
 
 
 def _is_replaceable(out: Path, merge: Merge) -> bool:
-    """Whether what lies in `out` is an empty folder, a run's own merged model, or one of the same base and adapters."""
+    """Whether what lies in `out` is an empty folder, or a merged model of the same base and adapters, or of the run
+    whose adapter alone is merged: it may have been trained on since.
+    """
     if not (out / REPORT_NAME).is_file():
         return out.is_dir() and not any(out.iterdir())
-    if out == merge.parts[0].adapter.folder.resolve().with_name("merged"):
+    own = merge.parts[0].adapter.folder.resolve().with_name("merged")
+    if out == own and merge.weights == (1.0,) and (out.parent / RUN_MANIFEST).is_file():
         return True
-    report, adapters = read_report(out), tuple(zip(merge.adapter_hashes, merge.weights, strict=True))
+    try:
+        report = read_report(out)
+    except UserError:
+        return False
+    adapters = tuple(zip(merge.adapter_hashes, merge.weights, strict=True))
     return report is not None and (report.base_fingerprint, report.adapters) == (merge.base.fingerprint, adapters)
 
 

@@ -129,9 +129,10 @@ def open_study(folder: Path, recipe: Recipe, axes: Sequence[Axis]) -> Any:
     """The study of the folder; trials that an interruption left half done are put in line again.
 
     Raises:
-        UserError: it was begun with another recipe or another space.
+        UserError: it was begun with another recipe or another space, or its database is none.
     """
     import optuna
+    import sqlalchemy
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     identity = hash_json([dump_recipe(replace(recipe, output_dir=Path())), describe_space(axes)])
@@ -143,7 +144,11 @@ def open_study(folder: Path, recipe: Recipe, axes: Sequence[Axis]) -> Any:
         load_if_exists=True,
         pruner=optuna.pruners.MedianPruner(n_startup_trials=STARTUP_TRIALS),
     )
-    study = create()
+    try:
+        study = create()
+    except sqlalchemy.exc.DatabaseError as fault:
+        rule = f"This is no database of a sweep: {fault.orig}."
+        raise UserError(str(folder / STUDY), None, rule, "Name another --out, or remove the file.") from fault
     if study.user_attrs.get("identity", identity) != identity and count_ended(study) == 0:
         optuna.delete_study(study_name="sweep", storage=find_storage(folder))  # its first trial was refused
         shutil.rmtree(folder / "trials", ignore_errors=True)

@@ -153,7 +153,9 @@ def test_labels_are_counted_and_unevenness_noted(write_rows):
         (["1", "01"], True),
         (["c", "c++", "c#"], False),
         (["-1", "1", "1-2", "12"], False),
+        (["level 1", "level_1", "level-1"], True),
         (["a1", "a-1"], False),
+        (["resent", "re-sent"], False),
     ],
     ids=str,
 )

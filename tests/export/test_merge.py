@@ -320,13 +320,31 @@ def test_a_merged_model_of_another_adapter_is_not_replaced_but_by_its_own_run(pl
     with pytest.raises(UserError, match="earlier merge of this lies there"):
         merge_adapter([(plain.adapter, 0.5)], tmp_path / "merged", prove=False)
     assert (tmp_path / "merged" / "merge_report.json").read_text() == before
+    (tmp_path / "run.json").write_text("{}")
     own = copied.with_name("merged")
-    for weight in (1.0, 0.5):
-        merge_adapter([(copied, weight)], own, prove=False)
-    assert "0.5" in (own / "merge_report.json").read_text()
-    (own / "merge_report.json").write_text("{")
-    with pytest.raises(UserError, match=r"merge_report\.json"):
-        merge_adapter(plain.adapter, own, prove=False)
+    assert own == tmp_path / "merged"
+    merge_adapter([(copied, 0.5)], tmp_path / "half", prove=False)
+    with pytest.raises(UserError, match="earlier merge of this lies there"):
+        merge_adapter([(copied, 0.5)], own, prove=False)
+    trained_on = {key: 2 * tensor for key, tensor in load_file(copied / "adapter_model.safetensors").items()}
+    save_file(trained_on, copied / "adapter_model.safetensors")
+    (copied / "lora_ft.json").unlink()
+    merge_adapter(copied, own, prove=False)
+    assert (tmp_path / "merged" / "merge_report.json").read_text() != before
+    (tmp_path / "half" / "merge_report.json").write_text("{")
+    with pytest.raises(UserError, match="earlier merge of this lies there"):
+        merge_adapter([(copied, 0.5)], tmp_path / "half", prove=False)
+
+
+def test_a_merged_model_takes_no_place_in_which_its_adapter_lies(plain, tmp_path):
+    merge_adapter(plain.adapter, tmp_path / "merged", prove=False)
+    inner = shutil.copytree(plain.adapter, tmp_path / "merged" / "adapter")
+    with pytest.raises(UserError, match="lies inside of it, and would be lost"):
+        merge_adapter(inner, tmp_path / "merged", prove=False)
+    assert (inner / "adapter_model.safetensors").is_file()
+    (tmp_path / "notes").write_text("")
+    with pytest.raises(UserError, match="notes is a file"):
+        merge_adapter(plain.adapter, tmp_path / "notes" / "merged", prove=False)
 
 
 @pytest.mark.parametrize("place", ["", "merged", "a/b"])
