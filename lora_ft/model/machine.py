@@ -24,7 +24,7 @@ from lora_ft.sections import Choice, Recipe, Task
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of mallopt, in glibc's malloc.h."""
-LARGE_BYTES, SCARCE_BYTES = 2**23, 2**20
+LARGE_BYTES, SCARCE_BYTES = 2**24, 2**20
 """From which size on pieces of memory are mapped in float32: usually, and where memory is scarce."""
 NUM_LOGITS, FEWEST_LOGITS_ROWS = 12 * 2**20, 128
 """Logits held at once, and the fewest tokens they are of, whatever the vocabulary: with less of either, the head's
@@ -229,9 +229,9 @@ def choose_mapped_bytes(device_type: str, dtype: Any, checkpointing: bool) -> in
 
     glibc's heap keeps gaps, and takes in pieces of up to 32 MiB once one of them was freed. For float32 on a CPU, at
     the settings of scripts/benchmarks/plan.py: from 16 MiB on, 0.63B in 4 bit took 1.8 GB where it took 2.6, in the
-    same time; from 8 MiB on, 58M took up to a seventh less than from 16, in the same time. With checkpointing, which
-    shows that memory is scarce, all from 1 MiB on are mapped: less than half of the memory, in up to two fifths more
-    time. In bfloat16 it was no less memory without checkpointing.
+    same time, and 58M up to a seventh less, in up to a quarter more; from 8 MiB on, 58M took another seventh less, in a
+    tenth more. With checkpointing, which shows that memory is scarce, all from 1 MiB on are mapped: less than half of
+    the memory, in up to two fifths more time. In bfloat16 it was no less memory without checkpointing.
     """
     if device_type != "cpu" or str(dtype) != "torch.float32":
         return None
@@ -288,7 +288,7 @@ def memory_traits(kind: str, mapped_bytes: int | None = None) -> MemoryTraits:
     are counted from the code, as in Llama's MLP (gradients of gate, up and their product), and not yet measured.
     """
     if kind == "cpu":
-        fitted = {None: (0.02, 13, 1.5), LARGE_BYTES: (0.18, 2, 2.5), SCARCE_BYTES: (0.0, 0, 1)}
+        fitted = {None: (0.02, 13, 1.5), LARGE_BYTES: (0.3, 4, 2.5), SCARCE_BYTES: (0.0, 0, 1)}
         return MemoryTraits(512_000_000, 56_000_000, *fitted[mapped_bytes], 0.1, 0.9)
     return MemoryTraits(0, 600 * 2**20, 0.02, 3, 1, 1.0, 0.95)
 
