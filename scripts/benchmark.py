@@ -40,6 +40,8 @@ def main() -> int:
         return 0
     options = parse_arguments()
     figures: list[Figure] = []
+    if options.scratch:
+        options.scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         for topic in options.topics or TOPICS:
             folder = Path(scratch) / topic
