@@ -73,7 +73,8 @@ def fit_recipe(
     planned = plan_memory(recipe, base_folder, describe_hardware(machine, launch), splits.longest_row)
     check_launch(launch, planned.recipe)  # once more: a batch size may have been chosen
     check_tokens(recipe, base_folder, tokenizer, splits)
-    if not recipe.data.packing and (remark := describe_reach(recipe, base_folder, splits.longest_row)):
+    remark = None if recipe.data.packing else describe_reach(recipe, base_folder, splits.longest_row)
+    if remark and launch.rank == 0:
         print(remark, file=sys.stderr)
     refuse_unfit(planned)
     return planned
