@@ -75,12 +75,14 @@ def refuse_place(out: Path, merge: Merge) -> None:
     """Nothing if the merged model can take the name `out`, and there is room for it.
 
     Raises:
-        UserError: something else lies there, which would be lost, or it would lie inside of what it is made of, or the
-            disk is too full.
+        UserError: something else lies there, which would be lost, or it would lie inside of an adapter that it is made
+            of, or the disk is too full.
     """
-    for folder in [merge.base.folder, *(part.adapter.folder for part in merge.parts)]:
+    adapters = [part.adapter.folder for part in merge.parts]
+    for folder in adapters:
         if folder.resolve() in (out, *out.parents):
             raise UserError("--out", str(out), f"It would lie inside of {folder}.", "Name a folder beside it.")
+    for folder in [merge.base.folder, *adapters]:
         if out in folder.resolve().parents:
             raise UserError("--out", str(out), f"{folder} lies inside of it, and would be lost.", "Name a new folder.")
     nearest = next(parent for parent in out.parents if parent.exists())

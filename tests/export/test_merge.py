@@ -348,12 +348,19 @@ def test_a_merged_model_takes_no_place_in_which_its_adapter_lies(plain, tmp_path
 
 
 @pytest.mark.parametrize("place", ["", "merged", "a/b"])
-def test_a_merged_model_does_not_go_into_what_it_is_made_of(plain, copied, place):
-    for folder in (copied, plain.base.folder):
-        before = sorted(folder.rglob("*"))
-        with pytest.raises(UserError, match="It would lie inside of"):
-            merge_adapter(copied, folder / place, prove=False)
-        assert sorted(folder.rglob("*")) == before
+def test_a_merged_model_does_not_go_into_its_adapter(copied, place):
+    before = sorted(copied.rglob("*"))
+    with pytest.raises(UserError, match="It would lie inside of"):
+        merge_adapter(copied, copied / place, prove=False)
+    assert sorted(copied.rglob("*")) == before
+
+
+def test_a_base_is_not_replaced_but_may_hold_the_run(plain, copied, tmp_path):
+    base = shutil.copytree(plain.base.folder, tmp_path / "base")
+    with pytest.raises(UserError, match="earlier merge of this lies there"):
+        merge_adapter(copied, base, base=str(base), prove=False)
+    merge_adapter(copied, base / "run" / "merged", base=str(base), prove=False)
+    assert identify_base("base", base).fingerprint == plain.base.fingerprint
 
 
 def test_a_disk_without_room_is_noticed_before_anything_is_written(plain, tmp_path, monkeypatch):
