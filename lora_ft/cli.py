@@ -8,9 +8,10 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from lora_ft.commands import (
     cache_command,
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = parse_arguments(arguments)
         own_process()
-        options.emit = lambda value: print(json.dumps(value, indent=2, ensure_ascii=False, default=str), file=stdout)
+        options.emit = partial(_print_document, stream=stdout)
         code = _run_command(options)
         stdout.flush()
         return code
@@ -52,6 +53,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with contextlib.suppress(OSError):
             print("Nobody reads the output any more.", file=sys.stderr)
         return 1
+
+
+def _print_document(value: object, stream: TextIO) -> None:
+    """The one document that --json asks for."""
+    print(json.dumps(value, indent=2, ensure_ascii=False, default=str), file=stream, flush=True)
+
+
+def _describe_faults(faults: Iterable[Fault]) -> dict[str, Any]:
+    """What a machine is told of a command that was refused."""
+    return {"ok": False, "faults": [vars(fault) for fault in faults]}
 
 
 def _run_command(options: argparse.Namespace) -> int:
@@ -87,7 +98,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     except Misuse as fault:
         if any(word.partition("=")[0] == "--json" for word in words):
             said = Fault("command line", None, fault.message, f"See {fault.parser.prog} --help")
-            print(json.dumps({"ok": False, "faults": [vars(said)]}, indent=2, ensure_ascii=False), flush=True)
+            _print_document(_describe_faults([said]), sys.stdout)
         argparse.ArgumentParser.error(fault.parser, fault.message)
     if rest:
         options.overrides += rest
@@ -226,5 +237,5 @@ def _report_error(error: UserError, options: argparse.Namespace) -> int:
         time.sleep(FIRST_RANK_SECONDS)
     print(f"\n{error}" if rank == "0" else f"\nrank {rank}: {error}", file=sys.stderr)
     if options.json:
-        options.emit({"ok": False, "faults": [vars(fault) for fault in error.faults]})
+        options.emit(_describe_faults(error.faults))
     return error.exit_code

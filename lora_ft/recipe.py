@@ -31,6 +31,7 @@ from lora_ft.recipe_rules import (
     RENAMED,
     TASK_DEFAULTS,
     UNMEASURED,
+    ends_by_steps,
 )
 from lora_ft.sections import (
     Choice,
@@ -311,7 +312,7 @@ def _check_together(values: dict[str, Any], document: Document, faults: list[Fau
         faults.append(Fault(document.path, None, rule, "Add lora: {r: 16, lora_alpha: 32, target_modules: all-linear}"))
     _check_quantization(quantization, document, faults)
     training = section("training")
-    if training.get("num_train_epochs") is not None and training.get("max_steps") not in (None, -1):
+    if training.get("num_train_epochs") is not None and ends_by_steps(training):
         rule = "training.max_steps says how long the run is, and this does nothing beside it."
         place = document.place(("training", "num_train_epochs"))
         faults.append(Fault(place, training["num_train_epochs"], rule, "Remove one of them."))

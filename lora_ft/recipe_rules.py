@@ -214,6 +214,11 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str, str]] = {
 """Key → whether a value is in range, the rule, and the fix."""
 
 
+def ends_by_steps(training: dict[str, Any]) -> bool:
+    """Whether `max_steps` says how long a run is: transformers takes -1 for nothing said."""
+    return training.get("max_steps") not in (None, -1)
+
+
 def library_part(values: dict[str, Any] | None) -> dict[str, Any]:
     """The keys of a `lora` or `training` section that are the library's own."""
     return {key: value for key, value in (values or {}).items() if key not in (LORAPLUS, EARLY_STOPPING)}

@@ -105,14 +105,15 @@ def _is_replaceable(out: Path, merge: Merge) -> bool:
     if not (out / REPORT_NAME).is_file():
         return out.is_dir() and not any(out.iterdir())
     own = merge.parts[0].adapter.folder.resolve().with_name("merged")
-    if out == own and merge.weights == (1.0,) and (out.parent / RUN_MANIFEST).is_file():
+    is_alone = [part.weight for part in merge.parts] == [1.0]
+    if out == own and is_alone and (out.parent / RUN_MANIFEST).is_file():
         return True
     try:
         report = read_report(out)
     except UserError:
         return False
-    adapters = tuple(zip(merge.adapter_hashes, merge.weights, strict=True))
-    return report is not None and (report.base_fingerprint, report.adapters) == (merge.base.fingerprint, adapters)
+    made_of = merge.base.fingerprint, merge.weighted_hashes
+    return report is not None and (report.base_fingerprint, report.adapters) == made_of
 
 
 @contextmanager
@@ -142,7 +143,7 @@ def describe_merge(merge: Merge, draft: Path, tensors: dict[str, str], seconds: 
         base=merge.base.name,
         revision=merge.base.revision,
         base_fingerprint=merge.base.fingerprint,
-        adapters=tuple(zip(merge.adapter_hashes, merge.weights, strict=True)),
+        adapters=merge.weighted_hashes,
         onto=merge.onto,
         dtype=merge.stored_dtype,
         num_tensors=len(plan.tensors),

@@ -48,9 +48,9 @@ class Merge:
         return tuple(hash_tensors(part.adapter.folder / TENSORS_NAME) for part in self.parts)
 
     @property
-    def weights(self) -> tuple[float, ...]:
-        """That of each adapter."""
-        return tuple(part.weight for part in self.parts)
+    def weighted_hashes(self) -> tuple[tuple[str, float], ...]:
+        """`hash_tensors` of each adapter, and its weight."""
+        return tuple(zip(self.adapter_hashes, (part.weight for part in self.parts), strict=True))
 
     @property
     def task_type(self) -> str | None:

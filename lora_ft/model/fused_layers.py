@@ -20,7 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora_ft.model.lora_linear import Activation, LoraForward, differentiate_gated, fused_lora, multiply_gated
+from lora_ft.model.lora_linear import (
+    Activation,
+    LoraForward,
+    differentiate_gated,
+    fused_lora,
+    multiply_gated,
+    replaced_forwards,
+)
 
 GATED = ("gate_proj", "up_proj", "down_proj")
 """What transformers calls the layers of a gated MLP."""
@@ -35,15 +42,9 @@ def fused_layers(model: nn.Module, checkpointing: bool = False) -> Iterator[int]
     `checkpointing` says whether activations are computed again. Models whose weights are sharded are none for it: only
     a layer's own call gathers them.
     """
-    with fused_lora(model, checkpointing) as number:
-        short = {module: short for module in model.modules() if (short := _shorten(module)) is not None}
-        for module, forward in short.items():
-            module.forward = forward
-        try:
-            yield number + len(short)
-        finally:
-            for module in short:
-                del module.forward
+    short = {module: short for module in model.modules() if (short := _shorten(module)) is not None}
+    with fused_lora(model, checkpointing) as number, replaced_forwards(short) as others:
+        yield number + others
 
 
 def _shorten(module: nn.Module) -> Any:

@@ -38,14 +38,20 @@ def fused_lora(model: nn.Module, checkpointing: bool = False) -> Iterator[int]:
     bases = [layer.get_base_layer() for layer in layers]
     sizes = [_compute_dtype(base).itemsize * base.in_features * base.out_features for base in bases if _is_4bit(base)]
     keep = can_keep_unpacked(sum(sizes), checkpointing)
-    forwards = [LoraForward(layer, keep) for layer in layers]
-    for layer, forward in zip(layers, forwards, strict=True):
-        layer.forward = forward
+    with replaced_forwards({layer: LoraForward(layer, keep) for layer in layers}) as number:
+        yield number
+
+
+@contextmanager
+def replaced_forwards(forwards: dict[nn.Module, Any]) -> Iterator[int]:
+    """Within it, each of these modules has the forward beside it instead of its class's; their number comes back."""
+    for module, forward in forwards.items():
+        module.forward = forward
     try:
-        yield len(layers)
+        yield len(forwards)
     finally:
-        for layer in layers:
-            del layer.forward
+        for module in forwards:
+            del module.forward
 
 
 def _is_plain_lora(layer: nn.Module) -> bool:

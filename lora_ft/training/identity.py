@@ -12,7 +12,7 @@ from typing import Any
 from lora_ft.errors import Fault, raise_faults
 from lora_ft.fingerprint import hash_tensors
 from lora_ft.model.adapter import TENSORS_NAME
-from lora_ft.recipe_rules import EXTENT
+from lora_ft.recipe_rules import EXTENT, ends_by_steps
 from lora_ft.sections import Recipe
 
 HARMLESS = {
@@ -113,8 +113,9 @@ def find_differences(path: Path, old: Identity, new: Identity) -> Iterator[Fault
 
 def _read_extent(extent: dict[str, Any]) -> tuple[str, float]:
     """What says how long a run is, and how long; transformers trains three epochs where nothing does."""
-    steps, epochs = extent.get("max_steps"), extent.get("num_train_epochs", 3.0)
-    return ("num_train_epochs", epochs) if steps in (None, -1) else ("max_steps", steps)
+    if ends_by_steps(extent):
+        return "max_steps", extent["max_steps"]
+    return "num_train_epochs", extent.get("num_train_epochs", 3.0)
 
 
 def _two_ways(setting: str | None = None) -> str:

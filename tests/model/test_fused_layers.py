@@ -50,6 +50,15 @@ def run_fused(model):
         return *run(model), count
 
 
+def compare(model):
+    """How many layers went the short way, to the same loss and gradients."""
+    loss, gradients = run(model)
+    ours, our_gradients, count = run_fused(model)
+    assert ours == pytest.approx(loss, rel=1e-6)
+    assert (our_gradients - gradients).norm() <= 1e-5 * gradients.norm()
+    return count
+
+
 @pytest.mark.parametrize(
     ("family", "expected"),
     [
@@ -64,11 +73,7 @@ def run_fused(model):
 )
 def test_equal_to_transformers(family, expected):
     model = build(family)
-    loss, gradients = run(model)
-    ours, our_gradients, count = run_fused(model)
-    assert count == expected
-    assert ours == pytest.approx(loss, rel=1e-6)
-    assert (our_gradients - gradients).norm() <= 1e-5 * gradients.norm()
+    assert compare(model) == expected
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
@@ -83,30 +88,20 @@ def test_in_bfloat16_no_further_from_transformers_than_that_is_from_float32(fami
 @pytest.mark.parametrize("targets", [["q_proj"], ["down_proj"], ["gate_proj", "up_proj"]], ids=str)
 def test_a_gated_mlp_of_which_some_layers_have_an_adapter(targets):
     model = build(target_modules=targets)
-    loss, gradients = run(model)
-    ours, our_gradients, count = run_fused(model)
-    assert count == 5 + 2 + 2 * len(targets)
-    assert ours == pytest.approx(loss, rel=1e-6)
-    assert (our_gradients - gradients).norm() <= 1e-5 * gradients.norm()
+    assert compare(model) == 5 + 2 + 2 * len(targets)
 
 
 @pytest.mark.parametrize("lora", [{"lora_dropout": 0.3}, {"use_dora": True}], ids=str)
 def test_a_product_that_is_needed_once_more(lora):
     model = build(**lora)
-    loss, gradients = run(model)
-    ours, our_gradients, _ = run_fused(model)
-    assert ours == pytest.approx(loss, rel=1e-6)
-    assert (our_gradients - gradients).norm() <= 1e-5 * gradients.norm()
+    assert compare(model)
 
 
 def test_gradient_checkpointing():
     model = build()
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    loss, gradients = run(model)
-    ours, our_gradients, count = run_fused(model)
-    assert count == 21 and ours == pytest.approx(loss, rel=1e-6)
-    assert (our_gradients - gradients).norm() <= 1e-5 * gradients.norm()
+    assert compare(model) == 21
 
 
 def test_trained_norms_stay_as_they_are():
