@@ -242,7 +242,7 @@ def can_keep_unpacked(num_bytes: int, checkpointing: bool, memory_bytes: int | N
     """Whether 4-bit weights may also lie unpacked in memory: if they take a fortieth of it at most, and no gradient
     `checkpointing` shows that memory is scarce.
 
-    A step of few tokens gains most: of 0.63B, one of a row 7 to 11% in 0.7 GB more, one of four rows nothing.
+    A step of few tokens gains most: of 0.63B, one of a row 6 to 14% in 0.7 GB more, one of four rows nothing.
 
     `memory_bytes` is this process's share; where it is left out, that of all that were launched on this machine.
     """
